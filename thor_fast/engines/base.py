@@ -1,0 +1,156 @@
+"""The contract every engine keeps: token ids in, token ids with log-probs out.
+
+Text never crosses this line. An engine that holds KV for a session prefills only what is new.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+__all__ = [
+    "Capabilities",
+    "Engine",
+    "FinishReason",
+    "GenerateRequest",
+    "KVBudget",
+    "SamplingParams",
+    "TokenChunk",
+]
+
+
+class FinishReason(enum.Enum):
+    """Why one ``generate`` call ended (a trajectory's ending is a ``StopReason``)."""
+
+    STOP = "stop"
+    """A token of ``stop_token_ids`` was sampled; it is the last token of the chunk."""
+    WATCH = "watch"
+    """``GenerateRequest.watch`` returned True for the last token of the chunk."""
+    LENGTH = "length"
+    """``max_tokens`` were sampled."""
+    CONTEXT = "context"
+    """The model's context is full."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample. ``temperature`` 0 is greedy; ``top_k`` 0 and ``top_p`` 1 are off.
+
+    ``seed``: the noise for the token at absolute position ``p`` is a pure function of
+    ``(seed, p)``: it does not depend on the batch, on what was discarded, or on the call count.
+    Log-probs returned are those of the distribution the token was drawn from *before* top-k and
+    top-p, after temperature (what a policy-gradient ratio needs).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature is {self.temperature}, expected >= 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}, expected in (0, 1]")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}, expected >= 0 (0 is off)")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Continue ``token_ids`` (the whole context so far, prompt first).
+
+    ``session`` names the sequence: a KV-holding engine keeps its cache under that name between
+    calls, compares it with ``token_ids`` and prefills only the suffix that differs. ``watch`` is
+    called with each sampled token id, in order, on the engine's thread; returning True ends the
+    call right after that token, so nothing is sampled past a closing fence. It must be quick and
+    must not raise. Engines that cannot call it in step (``capabilities.watch`` is False) ignore it
+    and the caller drops what it does not want.
+    """
+
+    token_ids: tuple[int, ...]
+    session: str
+    max_tokens: int
+    stop_token_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    watch: Callable[[int], bool] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise ValueError("token_ids is empty, expected at least one token")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}, expected >= 1")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Newly sampled tokens, each with its log-prob; ``finish`` is set on the last chunk only."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What an engine can do. ``max_context``: prompt + response tokens of one sequence."""
+
+    max_context: int
+    watch: bool
+    native_fork: bool
+    native_truncate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KVBudget:
+    """How many sequences and tokens of KV the engine can hold at once, and what it holds now."""
+
+    max_sequences: int
+    max_tokens: int
+    live_sequences: int
+    live_tokens: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A policy that samples tokens. All methods are called from one event loop."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def kv_budget(self) -> KVBudget: ...
+
+    @property
+    def weight_version(self) -> int:
+        """Raised by each :meth:`update_weights`; recorded in every trajectory."""
+        ...
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        """Stream tokens. Closing the iterator early stops the sequence and keeps its session.
+
+        Raises ``EngineError`` if the engine broke or the context is too long to start.
+        """
+        ...
+
+    async def fork(self, session: str, n: int, at_token: int) -> list[str]:
+        """``n`` new sessions that share the first ``at_token`` tokens of ``session``."""
+        ...
+
+    async def truncate(self, session: str, at_token: int) -> None:
+        """Forget the KV of ``session`` from position ``at_token`` on."""
+        ...
+
+    async def release(self, session: str) -> None:
+        """Forget a session; unknown names are ignored."""
+        ...
+
+    async def update_weights(self, version: int) -> None:
+        """Take the weights as they now are as ``version``; all cached KV becomes invalid."""
+        ...
+
+    async def aclose(self) -> None:
+        """Stop. Streams in flight raise ``EngineError``. Safe to call twice."""
+        ...

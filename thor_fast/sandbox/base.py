@@ -1,0 +1,50 @@
+"""The contract every sandbox backend keeps (one contract test-suite runs on all of them).
+
+What the *snippet* does is a :class:`Status` in the result. What *we* fail to do while a request is
+in flight is ``Status.INFRA``; what the caller does wrong, or a sandbox that cannot start, is a
+:class:`~thor_fast.errors.SandboxError` or ``ValueError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+from thor_fast.types import ExecutionRequest, ExecutionResult, Status
+
+__all__ = ["ExecutionRequest", "ExecutionResult", "Sandbox", "Status"]
+
+
+@runtime_checkable
+class Sandbox(Protocol):
+    """Runs snippets apart from each other and from the host.
+
+    Each of the three calls takes an :class:`ExecutionRequest` or the source as ``str`` (default
+    limits), and may be used from any thread. Once closed, each raises ``SandboxError``.
+    """
+
+    def execute(self, request: ExecutionRequest | str) -> ExecutionResult:
+        """Run one snippet; blocks the calling thread with the GIL released."""
+        ...
+
+    def execute_batch(self, requests: Sequence[ExecutionRequest | str]) -> list[ExecutionResult]:
+        """Run many; results in the order of the requests; blocks like :meth:`execute`."""
+        ...
+
+    async def submit(self, request: ExecutionRequest | str) -> ExecutionResult:
+        """Run one snippet without blocking the event loop; cancelling kills the snippet."""
+        ...
+
+    def close(self) -> None:
+        """Kill what runs (its requests end as INFRA), free everything. Safe to call twice."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None: ...
