@@ -86,11 +86,16 @@ class GenerateRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenChunk:
-    """Newly sampled tokens, each with its log-prob; ``finish`` is set on the last chunk only."""
+    """Newly sampled tokens, each with its log-prob; ``finish`` is set on the last chunk only.
+
+    ``prefill_tokens``, on the first chunk of a call: how many tokens of the context the engine had
+    to compute because its cache did not hold them; ``None`` if it cannot tell.
+    """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: FinishReason | None = None
+    prefill_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
