@@ -56,8 +56,6 @@ class TokenBytes:
         return known
 
     def _spell(self, token_id: int) -> bytes:
-        if token_id < 0:
-            raise ToolError(f"token id is {token_id}, expected >= 0")
         text: str | bytes = self._id_to_token(token_id) or ""
         for step in self._steps:
             if isinstance(text, bytes):
@@ -124,10 +122,9 @@ _ALPHABET = _byte_alphabet()
 
 
 def _from_byte_alphabet(text: str) -> bytes:
+    # A token with a character outside the alphabet stands for its own text, as in the decoder of
+    # the tokenizers library: a detector runs inside the engine's step and must not raise there.
     try:
         return bytes(_ALPHABET[c] for c in text)
-    except KeyError as error:
-        raise ToolError(
-            f"token {text!r} holds {error.args[0]!r}, expected only characters of the byte-level "
-            "alphabet"
-        ) from None
+    except KeyError:
+        return text.encode()
