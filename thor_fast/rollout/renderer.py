@@ -41,9 +41,9 @@ class Renderer:
         return self.text(trajectory.response_ids)
 
     def answer(self, trajectory: Trajectory) -> str:
-        """What the model said itself: neither its calls nor their observations.
+        r"""What the model said itself: neither its calls nor their observations.
 
-        This is what an answer is looked for in: a ``\\boxed{}`` in printed output, or in the
+        This is what an answer is looked for in: a ``\boxed{}`` in printed output, or in the
         program that would print it, is not one.
         """
         in_call = {p for call in trajectory.tool_calls for p in range(call.start, call.end)}

@@ -52,16 +52,16 @@ def splice_observation(encode: Callable[[str], Sequence[int]], text: str) -> Seg
 
 
 def _without_prefix(part: Any) -> Any:
-    """A normalizer or pre-tokenizer that puts no space before the first word of a text."""
-    match part:
-        case {"type": "Sequence", **rest}:
-            key = "normalizers" if "normalizers" in rest else "pretokenizers"
-            inner = [_without_prefix(p) for p in rest[key] if p["type"] != "Prepend"]
-            return {**part, key: inner}
-        case {"type": "Prepend"}:
-            return None
-        case {"type": "ByteLevel"}:
+    """A normalizer or pre-tokenizer (as JSON) that puts no space before the first word."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    for key in ("normalizers", "pretokenizers"):
+        if key in part:
+            inner = [_without_prefix(p) for p in part[key]]
+            return {**part, key: [p for p in inner if p is not None]}
+    match part["type"]:
+        case "ByteLevel":
             return {**part, "add_prefix_space": False}
-        case {"type": "Metaspace"}:
+        case "Metaspace":
             return {**part, "prepend_scheme": "never"}
     return part
