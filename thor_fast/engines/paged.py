@@ -1,0 +1,205 @@
+"""The embedded engine: continuous batching over a Hugging Face causal LM, on CPU or one GPU.
+
+In this version the KV of a session lives in a *slot*: ``max_context`` positions set aside for it
+when the engine is built, ``max_sequences`` slots in all. Pages come later; nothing outside
+``slot_cache.py`` knows the difference. Memory is therefore
+``layers * 2 * max_sequences * max_context * kv_heads * head_width`` elements, used or not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from thor_fast.engines.base import Capabilities, GenerateRequest, KVBudget, TokenChunk
+from thor_fast.engines.slot_cache import SlotCache, probe
+from thor_fast.engines.step_loop import EngineCounters, StepLoop
+from thor_fast.engines.token_stream import TokenStream
+from thor_fast.errors import EngineError
+
+__all__ = ["EngineCounters", "PagedEngine"]
+
+_T = TypeVar("_T")
+
+
+class PagedEngine:
+    """``Engine`` over a model in this process; see :mod:`thor_fast.engines.base` for the contract.
+
+    Every step advances each live sequence by one token, and prefills new and resumed ones next to
+    them. All model work happens on one thread of the engine's own, ``GenerateRequest.watch``
+    included. Tokens arrive in chunks of up to 16.
+
+    - **Slots.** A session holds one from its first ``generate`` until ``release``. Without a free
+      one a call waits, first come, first served. If nothing can run otherwise, the session that has
+      been idle for longest gives up its slot and is prefilled again when it returns.
+    - **Fork** copies KV while slots are free, and else starts the new session cold.
+    - **Greedy** calls (temperature 0) report log-probs at temperature 1.
+    - **Weights.** Change them only while no call is in flight, then ``await update_weights``. A
+      call in flight across it goes on under the new weights, from a prefill of all it has.
+
+    ``model``: plain causal attention in every layer, through transformers' attention interface
+    (Qwen2, Qwen3, Llama and their kin); put in eval mode, otherwise left as it is. ``device``
+    moves it first. Raises ``EngineError`` for a model or sizes that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_sequences: int,
+        max_context: int,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if max_sequences < 1:
+            raise EngineError(f"max_sequences is {max_sequences}, expected at least 1")
+        limit = getattr(model.config, "max_position_embeddings", max_context)
+        if not 2 <= max_context <= limit:
+            raise EngineError(
+                f"max_context is {max_context}, expected 2 to {limit}, the model's positions"
+            )
+        if device is not None:
+            model.to(device)  # type: ignore[arg-type]
+        model.eval()  # type: ignore[no-untyped-call]
+        like = probe(model)
+        cache = SlotCache(max_sequences, max_context, model.config.num_hidden_layers, like)
+        embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
+        self._vocab = embeddings.num_embeddings
+        self._max_sequences, self._max_context = max_sequences, max_context
+        self._weight_version = 0
+        self._steps = StepLoop(model, cache)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        max_sequences: int,
+        max_context: int,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PagedEngine:
+        """Load a model from a local folder; ``dtype`` None takes the one it was saved in.
+
+        Raises ``EngineError`` where there is no model at ``path``.
+        """
+        if not (Path(path) / "config.json").is_file():
+            raise EngineError(f"no model at {str(path)!r}, expected a folder with a config.json")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto" if dtype is None else dtype, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise EngineError(f"cannot load the model at {str(path)!r}: {reason}") from error
+        return cls(model, max_sequences=max_sequences, max_context=max_context, device=device)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            max_context=self._max_context, watch=True, native_fork=True, native_truncate=True
+        )
+
+    @property
+    def kv_budget(self) -> KVBudget:
+        sequences, tokens = self._steps.table.live
+        return KVBudget(
+            max_sequences=self._max_sequences,
+            max_tokens=self._max_sequences * self._max_context,
+            live_sequences=sequences,
+            live_tokens=tokens,
+        )
+
+    @property
+    def weight_version(self) -> int:
+        return self._weight_version
+
+    @property
+    def counters(self) -> EngineCounters:
+        """Calls, prefilled and sampled tokens, and steps so far."""
+        return self._steps.counters
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
+        """Stream tokens; see :meth:`Engine.generate`.
+
+        Raises ``EngineError`` for a context too long to start, a token id outside the vocabulary,
+        a session that is generating already, logits that are not finite, a closed engine.
+        """
+        self._check(request)
+        stream = TokenStream(asyncio.get_running_loop())
+        self._steps.post(lambda: self._steps.start(request, stream))
+        try:
+            while not stream.drained:
+                yield await stream.get()
+        finally:
+            if not stream.ended:
+                # A closed engine has stopped the call by itself.
+                with contextlib.suppress(EngineError):
+                    self._steps.post(lambda: self._steps.cancel(stream))
+
+    async def fork(self, session: str, n: int, at_token: int) -> list[str]:
+        return await self._ask(lambda: self._steps.table.fork(session, n, at_token))
+
+    async def truncate(self, session: str, at_token: int) -> None:
+        await self._ask(lambda: self._steps.table.truncate(session, at_token))
+
+    async def release(self, session: str) -> None:
+        """Forget a session; a call in flight on it raises ``EngineError``."""
+        await self._ask(lambda: self._steps.release(session))
+
+    async def update_weights(self, version: int) -> None:
+        """See :meth:`Engine.update_weights`. ``EngineError`` unless ``version`` has grown."""
+        if version <= self._weight_version:
+            raise EngineError(
+                f"weight version is {version}, expected more than {self._weight_version}, "
+                "the present one"
+            )
+        await self._ask(self._steps.invalidate)
+        self._weight_version = version
+
+    async def aclose(self) -> None:
+        self._steps.stop("the engine is closed")
+        await asyncio.to_thread(self._steps.join)
+
+    def _check(self, request: GenerateRequest) -> None:
+        length = len(request.token_ids)
+        if length >= self._max_context:
+            raise EngineError(
+                f"the context has {length} tokens, expected at most {self._max_context - 1} "
+                f"to start with max_context {self._max_context}"
+            )
+        low, high = min(request.token_ids), max(request.token_ids)
+        if low < 0 or high >= self._vocab:
+            wrong = low if low < 0 else high
+            raise EngineError(f"token id {wrong} in the context, expected 0 to {self._vocab - 1}")
+
+    async def _ask(self, command: Callable[[], _T]) -> _T:
+        """Run ``command`` on the engine's thread and hand back what it returns or raises."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[_T] = loop.create_future()
+
+        def settle(result: _T | None, error: Exception | None) -> None:
+            if answer.done():  # the asker was cancelled
+                return
+            if error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(result)  # type: ignore[arg-type]
+
+        def run() -> None:
+            result, failure = None, None
+            try:
+                result = command()
+            except Exception as error:  # noqa: BLE001 - belongs to the asker, not to the engine
+                failure = error
+            # RuntimeError: the asker's loop is closed.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, result, failure)
+
+        self._steps.post(run)
+        return await answer
