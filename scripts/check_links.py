@@ -45,6 +45,7 @@ def broken_links(path: Path) -> list[str]:
 
 
 def main() -> int:
+    """Print what is broken; the exit code."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout

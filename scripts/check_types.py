@@ -30,6 +30,7 @@ def lay_out_package(directory: Path) -> None:
 
 
 def main() -> int:
+    """Run mypy; its exit code."""
     installed = Path(sysconfig.get_path("platlib"), "thor_fast", "py.typed").exists()
     with tempfile.TemporaryDirectory(prefix="thor-types-") as directory:
         if not installed:
