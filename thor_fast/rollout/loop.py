@@ -87,7 +87,7 @@ async def run_episode(
             "the prompt and no more"
         )
     trajectory.seed, trajectory.weight_version = sampling.seed, engine.weight_version
-    episode = _Episode(
+    episode = _Running(
         engine, sandbox, tool, limits, encode, sampling, eos_token_ids, session, trajectory
     )
     deadline = asyncio.timeout(limits.deadline_s)
@@ -126,7 +126,7 @@ class _Watcher:
 
 
 @dataclass(slots=True)
-class _Episode:
+class _Running:
     """The state of one episode; all but ``metrics`` is the caller's."""
 
     engine: Engine

@@ -8,10 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from thor_fast.tools.token_text import TokenBytes
-from thor_fast.types import TokenSource, Trajectory
+from thor_fast.types import Trajectory
 
 __all__ = ["Renderer"]
+
+_FENCE = b"```"
 
 
 class Renderer:
@@ -34,7 +39,7 @@ class Renderer:
 
     def text(self, token_ids: Iterable[int]) -> str:
         """What tokens spell, special ones included; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(self._tokens[t] for t in token_ids).decode(errors="replace")
+        return self._bytes(token_ids).decode(errors="replace")
 
     def response(self, trajectory: Trajectory) -> str:
         """All after the prompt: what the model wrote and what it was shown."""
@@ -46,11 +51,22 @@ class Renderer:
         This is what an answer is looked for in: a ``\boxed{}`` in printed output, or in the
         program that would print it, is not one.
         """
-        in_call = {p for call in trajectory.tool_calls for p in range(call.start, call.end)}
-        kept: list[int] = []
+        tokens = trajectory.token_ids
+        mask = trajectory.loss_mask
+        said = bytearray()
         position = len(trajectory.prompt_ids)
-        for segment in trajectory.segments:
-            if segment.source is TokenSource.MODEL:
-                kept += [t for i, t in enumerate(segment.token_ids, position) if i not in in_call]
-            position += len(segment)
-        return self.text(kept)
+        for call in trajectory.tool_calls:
+            said += self._said(tokens, mask, position, call.start)
+            # The tokens at either end may hold words, too: only what lies between the first and
+            # the last fence is the call.
+            block = self._bytes(tokens[call.start : call.end])
+            said += block[: block.find(_FENCE)] + block[block.rfind(_FENCE) + len(_FENCE) :]
+            position = call.end
+        said += self._said(tokens, mask, position, len(tokens))
+        return said.decode(errors="replace")
+
+    def _said(self, tokens: list[int], mask: npt.NDArray[np.int8], start: int, end: int) -> bytes:
+        return self._bytes(t for t, m in zip(tokens[start:end], mask[start:end], strict=True) if m)
+
+    def _bytes(self, token_ids: Iterable[int]) -> bytes:
+        return b"".join(self._tokens[t] for t in token_ids)

@@ -1,0 +1,197 @@
+"""Many episodes at once, each on its own task.
+
+Admission is the only thing they share: as many are live as the engine can hold in its KV cache, so
+that one that waits for its snippet is not evicted and prefilled again. The next one starts the
+moment a live one ends, in the order of the prompts; nobody waits for a group or a batch. Scoring
+happens after the slot is given back, in a thread, so a slow reward delays neither decoding nor
+admission.
+
+Cancelling (Ctrl-C under ``asyncio.run`` does) cancels every task and waits for it; what had ended
+before is in :attr:`RolloutScheduler.finished`. An exception that is not the record of an episode is
+a bug or misuse: it stops everything and comes out as it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import struct
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from thor_fast.engines.base import Engine, SamplingParams
+from thor_fast.errors import ConfigError
+from thor_fast.rollout.limits import RolloutLimits
+from thor_fast.rollout.loop import run_episode
+from thor_fast.sandbox.base import Sandbox
+from thor_fast.tools.base import Tool
+from thor_fast.types import RolloutGroup, Trajectory
+
+__all__ = ["Finished", "Prompt", "RolloutScheduler", "trajectory_seed"]
+
+# Engines are shared between schedulers, so session names must differ between them, too.
+_RUN_NUMBERS = itertools.count()
+
+Reward = Callable[[Trajectory, str], float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """``reference``: what the reward compares with. ``task_id``: kept in the group."""
+
+    token_ids: tuple[int, ...]
+    reference: str = ""
+    task_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A finished trajectory and where it belongs: sample ``sample`` of prompt ``prompt``."""
+
+    prompt: int
+    sample: int
+    trajectory: Trajectory
+
+
+@dataclass(slots=True)
+class _Run:
+    """One call of ``as_completed``: what came in, what came out."""
+
+    prompts: Sequence[Prompt]
+    name: str
+    slots: asyncio.Semaphore
+    started: float = field(default_factory=time.perf_counter)
+    finished: list[Finished] = field(default_factory=list)
+    ended: asyncio.Queue[Finished | None] = field(default_factory=asyncio.Queue)
+
+
+def trajectory_seed(base_seed: int, prompt: int, sample: int) -> int:
+    """A 63-bit seed that depends on nothing but its three arguments, each 0 to 2**64 - 1."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", base_seed, prompt, sample), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+class RolloutScheduler:
+    """Samples ``group_size`` trajectories per prompt.
+
+    ``encode``: observation text -> ids. ``sampling.seed`` is the base of all seeds: a trainer sets
+    another one in :attr:`sampling` for each step. ``reward(trajectory, reference)`` is called in a
+    thread for each trajectory that the infrastructure did not spoil. ``max_live``: at most the
+    engine's ``kv_budget.max_sequences``, which is the default. ``progress(episode, done, total)``
+    is called in the event loop as episodes end.
+
+    Each trajectory's ``metrics`` gain ``queue_s``, seconds from the start of the run to admission,
+    and ``episode_s``, from there to its end.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sandbox: Sandbox,
+        tool: Tool,
+        *,
+        encode: Callable[[str], Sequence[int]],
+        limits: RolloutLimits,
+        sampling: SamplingParams,
+        eos_token_ids: frozenset[int],
+        group_size: int = 1,
+        reward: Reward | None = None,
+        max_live: int | None = None,
+        progress: Callable[[Finished, int, int], None] | None = None,
+    ) -> None:
+        budget = engine.kv_budget.max_sequences
+        if max_live is None:
+            max_live = budget
+        if not 1 <= max_live <= budget:
+            raise ConfigError(
+                f"max_live is {max_live}, expected 1 to {budget}, the sequences the engine holds"
+            )
+        if group_size < 1:
+            raise ConfigError(f"group_size is {group_size}, expected >= 1")
+        if not eos_token_ids:
+            raise ConfigError("eos_token_ids is empty, expected at least one id")
+        self.sampling = sampling
+        self.finished: list[Finished] = []
+        self._engine, self._sandbox, self._tool = engine, sandbox, tool
+        self._encode, self._limits, self._eos_token_ids = encode, limits, eos_token_ids
+        self._group_size, self._max_live = group_size, max_live
+        self._reward, self._progress = reward, progress
+
+    async def run(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
+        """One group per prompt, in the order of the prompts; samples in order within each."""
+        groups = [RolloutGroup(p.token_ids, [], p.task_id) for p in prompts]
+        async with aclosing(self.as_completed(prompts)) as stream:
+            episodes = [episode async for episode in stream]
+        for episode in sorted(episodes, key=lambda e: (e.prompt, e.sample)):
+            groups[episode.prompt].trajectories.append(episode.trajectory)
+        return groups
+
+    async def as_completed(self, prompts: Sequence[Prompt]) -> AsyncGenerator[Finished, None]:
+        """Episodes as they end, scored. Rollouts go on while the caller looks at one.
+
+        Leave it early through ``contextlib.aclosing``: closing cancels what is still live.
+        """
+        run = _Run(prompts, f"run{next(_RUN_NUMBERS)}", asyncio.Semaphore(self._max_live))
+        self.finished = run.finished
+        dispatcher = asyncio.create_task(self._dispatch(run))
+        dispatcher.add_done_callback(lambda _: run.ended.put_nowait(None))
+        try:
+            while (episode := await run.ended.get()) is not None:
+                yield episode
+        finally:
+            dispatcher.cancel()
+            await asyncio.wait([dispatcher])
+            if not dispatcher.cancelled():
+                _reraise(dispatcher.exception())
+
+    async def _dispatch(self, run: _Run) -> None:
+        """Start each episode when a slot is free; ends when all have, or at the first error."""
+        async with asyncio.TaskGroup() as tasks:
+            for prompt in range(len(run.prompts)):
+                for sample in range(self._group_size):
+                    await run.slots.acquire()
+                    tasks.create_task(self._episode(run, prompt, sample))
+
+    async def _episode(self, run: _Run, prompt: int, sample: int) -> None:
+        admitted = time.perf_counter()
+        try:
+            trajectory = await run_episode(
+                self._engine,
+                self._sandbox,
+                self._tool,
+                run.prompts[prompt].token_ids,
+                self._limits,
+                encode=self._encode,
+                sampling=replace(
+                    self.sampling, seed=trajectory_seed(self.sampling.seed, prompt, sample)
+                ),
+                eos_token_ids=self._eos_token_ids,
+                session=f"{run.name}/{prompt}/{sample}",
+            )
+        finally:
+            run.slots.release()
+        trajectory.metrics["queue_s"] = admitted - run.started
+        trajectory.metrics["episode_s"] = time.perf_counter() - admitted
+        await self._score(trajectory, run.prompts[prompt].reference)
+        episode = Finished(prompt, sample, trajectory)
+        run.finished.append(episode)
+        run.ended.put_nowait(episode)
+        if self._progress is not None:
+            self._progress(episode, len(run.finished), len(run.prompts) * self._group_size)
+
+    async def _score(self, trajectory: Trajectory, reference: str) -> None:
+        stop = trajectory.stop_reason
+        if self._reward is None or stop is None or stop.is_infrastructure:
+            return
+        trajectory.reward = await asyncio.to_thread(self._reward, trajectory, reference)
+
+
+def _reraise(error: BaseException | None) -> None:
+    """Raise what went wrong; a lone error without the group that ``TaskGroup`` puts around it."""
+    if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        raise error.exceptions[0]
+    if error is not None:
+        raise error
