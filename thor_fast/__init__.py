@@ -1,6 +1,6 @@
 """thor_fast: fast, safe, exact tool-integrated reasoning for LLM reinforcement learning.
 
-Importing this package loads neither torch nor vllm: names below are imported when first used.
+Importing this package loads neither torch nor vllm: the names below are imported when first used.
 """
 
 from __future__ import annotations
@@ -9,6 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thor_fast.engines.base import SamplingParams as SamplingParams
+    from thor_fast.engines.paged import PagedEngine as PagedEngine
+    from thor_fast.rollout.limits import RolloutLimits as RolloutLimits
+    from thor_fast.rollout.loop import run_episode as run_episode
+    from thor_fast.rollout.renderer import Renderer as Renderer
+    from thor_fast.rollout.scheduler import Prompt as Prompt
+    from thor_fast.rollout.scheduler import RolloutScheduler as RolloutScheduler
+    from thor_fast.rollout.splice import ObservationEncoder as ObservationEncoder
+    from thor_fast.sandbox import NativeSandbox as NativeSandbox
+    from thor_fast.tools.python_tool import PythonTool as PythonTool
     from thor_fast.types import ExecutionRequest as ExecutionRequest
     from thor_fast.types import ExecutionResult as ExecutionResult
     from thor_fast.types import Status as Status
@@ -20,9 +30,19 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "ExecutionRequest": "thor_fast.types",
     "ExecutionResult": "thor_fast.types",
+    "NativeSandbox": "thor_fast.sandbox",
+    "ObservationEncoder": "thor_fast.rollout.splice",
+    "PagedEngine": "thor_fast.engines.paged",
+    "Prompt": "thor_fast.rollout.scheduler",
+    "PythonTool": "thor_fast.tools.python_tool",
+    "Renderer": "thor_fast.rollout.renderer",
+    "RolloutLimits": "thor_fast.rollout.limits",
+    "RolloutScheduler": "thor_fast.rollout.scheduler",
+    "SamplingParams": "thor_fast.engines.base",
     "Status": "thor_fast.types",
     "StopReason": "thor_fast.types",
     "Trajectory": "thor_fast.types",
+    "run_episode": "thor_fast.rollout.loop",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
@@ -32,3 +52,7 @@ def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'thor_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
