@@ -1,0 +1,36 @@
+#include "core/id_maps.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <string_view>
+
+#include "util/unique_fd.h"
+
+namespace thor {
+namespace {
+
+bool write_file(const std::string& path, std::string_view text) {
+  const UniqueFd fd(::open(path.c_str(), O_WRONLY | O_CLOEXEC));
+  return fd && ::write(fd.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size());
+}
+
+std::string line(unsigned inside, unsigned outside) {
+  return std::to_string(inside) + " " + std::to_string(outside) + " 1\n";
+}
+
+}  // namespace
+
+SetupError write_id_maps(const std::string& proc_dir, const IdMap& map) {
+  if (!write_file(proc_dir + "/setgroups", "deny")) return failed(SetupStep::kIdMaps, 0);
+  if (!write_file(proc_dir + "/uid_map", line(map.inside, map.outside_uid))) {
+    return failed(SetupStep::kIdMaps, 1);
+  }
+  if (!write_file(proc_dir + "/gid_map", line(map.inside, map.outside_gid))) {
+    return failed(SetupStep::kIdMaps, 2);
+  }
+  return {};
+}
+
+}  // namespace thor

@@ -1,0 +1,172 @@
+#include "core/mounts.h"
+
+#include <fcntl.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <climits>
+#include <filesystem>
+#include <system_error>
+
+#include "util/kernel_abi.h"
+
+namespace thor {
+namespace {
+
+namespace fs = std::filesystem;
+
+// Any directory every system has will do: it is covered only in our own mount namespace.
+const std::string kStaging = "/tmp";
+const std::string kOldRoot = "/.host";
+constexpr unsigned long kTmpfsFlags = MS_NOSUID | MS_NODEV;
+// Sizes bound what a snippet can store; inode counts bound what it can make of nothing.
+constexpr const char* kRootOptions = "size=1m,nr_inodes=1024,mode=755";
+constexpr const char* kTmpOptions = "size=64m,nr_inodes=4096,mode=700";
+constexpr const char* kShmOptions = "size=64m,nr_inodes=256,mode=700";
+constexpr std::array<const char*, 5> kDevices{"/dev/null", "/dev/zero", "/dev/full", "/dev/random",
+                                              "/dev/urandom"};
+
+bool make_directories(const fs::path& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  if (error) errno = error.value();
+  return !error;
+}
+
+bool make_file(const fs::path& path) {
+  if (!make_directories(path.parent_path())) return false;
+  return static_cast<bool>(
+      UniqueFd(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, S_IRUSR | S_IWUSR)));
+}
+
+bool bind(int source, const std::string& target) {
+  const std::string link = "/proc/self/fd/" + std::to_string(source);
+  return ::mount(link.c_str(), target.c_str(), nullptr, MS_BIND | MS_REC, nullptr) == 0;
+}
+
+bool restrict_mount(const std::string& target, std::uint64_t attributes, unsigned flags) {
+  MountAttr attr;
+  attr.attr_set = attributes;
+  return ::syscall(kSysMountSetattr, AT_FDCWD, target.c_str(), flags, &attr, sizeof(attr)) == 0;
+}
+
+bool is_below(const fs::path& path, const fs::path& directory) {
+  const fs::path relative = path.lexically_relative(directory);
+  return !relative.empty() && *relative.begin() != "..";
+}
+
+bool recreate_link(int source, const std::string& target) {
+  std::array<char, PATH_MAX> text{};
+  const ssize_t n = ::readlinkat(source, "", text.data(), text.size() - 1);
+  return n > 0 && make_directories(fs::path(target).parent_path()) &&
+         ::symlink(text.data(), target.c_str()) == 0;
+}
+
+bool place(const MountSource& source) {
+  const std::string target = kStaging + source.path;
+  struct stat info {};
+  if (::fstat(source.fd.get(), &info) != 0) return false;
+  if (S_ISLNK(info.st_mode)) return recreate_link(source.fd.get(), target);
+  const bool made = S_ISDIR(info.st_mode) ? make_directories(target) : make_file(target);
+  if (!made || !bind(source.fd.get(), target)) return false;
+  constexpr std::uint64_t kCommon = kMountAttrReadOnly | kMountAttrNoSuid;
+  return restrict_mount(target, source.device ? kCommon : kCommon | kMountAttrNoDev, AT_RECURSIVE);
+}
+
+SetupError mount_proc(const std::string& target, const char* options) {
+  constexpr unsigned long kFlags = MS_NOSUID | MS_NODEV | MS_NOEXEC;
+  if (::mount("proc", target.c_str(), "proc", kFlags, options) != 0) {
+    return failed(SetupStep::kProc);
+  }
+  return {};
+}
+
+SetupError pivot_to_staging() {
+  const std::string old_root = kStaging + kOldRoot;
+  if (::mkdir(old_root.c_str(), S_IRWXU) != 0) return failed(SetupStep::kPivotRoot, 0);
+  if (::syscall(SYS_pivot_root, kStaging.c_str(), old_root.c_str()) != 0) {
+    return failed(SetupStep::kPivotRoot, 1);
+  }
+  if (::chdir("/") != 0) return failed(SetupStep::kPivotRoot, 2);
+  if (::umount2(kOldRoot.c_str(), MNT_DETACH) != 0) return failed(SetupStep::kPivotRoot, 3);
+  return ::rmdir(kOldRoot.c_str()) == 0 ? SetupError{} : failed(SetupStep::kPivotRoot, 4);
+}
+
+}  // namespace
+
+SetupError open_sources(const std::vector<std::string>& readonly_paths,
+                        std::vector<MountSource>* sources) {
+  const auto open_one = [sources](const std::string& path, bool device) {
+    UniqueFd fd(::open(path.c_str(), O_PATH | O_NOFOLLOW | O_CLOEXEC));
+    if (!fd) return false;
+    sources->push_back({path, std::move(fd), device});
+    return true;
+  };
+  for (std::size_t i = 0; i < readonly_paths.size(); ++i) {
+    bool covered = false;
+    for (const MountSource& earlier : *sources) {
+      covered = covered || is_below(readonly_paths[i], earlier.path);
+    }
+    if (!covered && !open_one(readonly_paths[i], false)) {
+      return failed(SetupStep::kBind, static_cast<int>(i));
+    }
+  }
+  for (std::size_t i = 0; i < kDevices.size(); ++i) {
+    if (!open_one(kDevices[i], true)) return failed(SetupStep::kDevice, static_cast<int>(i));
+  }
+  return {};
+}
+
+SetupError build_root(const std::vector<MountSource>& sources) {
+  if (::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) {
+    return failed(SetupStep::kRootTmpfs, 0);
+  }
+  if (::mount("tmpfs", kStaging.c_str(), "tmpfs", kTmpfsFlags, kRootOptions) != 0) {
+    return failed(SetupStep::kRootTmpfs, 1);
+  }
+  for (std::size_t i = 0; i < sources.size(); ++i) {
+    if (!place(sources[i])) return failed(SetupStep::kBind, static_cast<int>(i));
+  }
+  for (const char* directory : {"/proc", "/tmp", "/dev/shm"}) {
+    if (!make_directories(kStaging + directory)) return failed(SetupStep::kRootTmpfs, 2);
+  }
+  // The kernel grants a new /proc only where an unobstructed one is still in sight.
+  if (const SetupError e = mount_proc(kStaging + "/proc", nullptr)) return e;
+  if (const SetupError e = pivot_to_staging()) return e;
+  if (!restrict_mount("/", kMountAttrReadOnly, 0)) return failed(SetupStep::kReadOnlyRoot);
+  return {};
+}
+
+std::vector<std::string> paths_under_tmp(const std::vector<std::string>& paths) {
+  std::vector<std::string> out;
+  for (const std::string& path : paths) {
+    if (is_below(path, "/tmp")) out.push_back(path);
+  }
+  return out;
+}
+
+SetupError mount_private(const std::vector<std::string>& shadowed) {
+  std::vector<UniqueFd> sources;
+  for (const std::string& path : shadowed) {
+    sources.emplace_back(::open(path.c_str(), O_PATH | O_CLOEXEC));
+  }
+  if (::mount("tmpfs", "/tmp", "tmpfs", kTmpfsFlags, kTmpOptions) != 0) {
+    return failed(SetupStep::kWorkTmpfs, 0);
+  }
+  if (::mount("tmpfs", "/dev/shm", "tmpfs", kTmpfsFlags | MS_NOEXEC, kShmOptions) != 0) {
+    return failed(SetupStep::kWorkTmpfs, 1);
+  }
+  for (std::size_t i = 0; i < shadowed.size(); ++i) {
+    if (!sources[i] || !make_directories(shadowed[i]) || !bind(sources[i].get(), shadowed[i])) {
+      return failed(SetupStep::kBind, static_cast<int>(i));
+    }
+  }
+  // Processes only: nothing about the host's memory, devices or kernel.
+  return mount_proc("/proc", "subset=pid");
+}
+
+}  // namespace thor

@@ -1,0 +1,26 @@
+// Starting the zygote's process: exec'd, never forked from a process with threads and secrets.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "util/unique_fd.h"
+
+namespace thor {
+
+struct Spawned {
+  UniqueFd control;   // our end of the SOCK_SEQPACKET pair
+  UniqueFd pidfd;
+  UniqueFd messages;  // memfd with what the process wrote to stdout and stderr
+  int pid = -1;
+};
+
+// Starts argv[0] in a session of its own with `env` as its whole environment, stdin empty, its
+// control socket as descriptor 3. Throws std::system_error. The calling thread must live as long
+// as the process may: the process asks to be killed with it.
+Spawned spawn_zygote(const std::vector<std::string>& argv, const std::vector<std::string>& env);
+
+// The first few kilobytes of what the process wrote, for an error message.
+std::string read_messages(const Spawned& spawned);
+
+}  // namespace thor

@@ -1,0 +1,112 @@
+"""Requests and results as the native core takes and gives them."""
+
+from __future__ import annotations
+
+import marshal
+import math
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from thor_fast.types import ExecutionRequest, ExecutionResult, Status
+
+if TYPE_CHECKING:
+    from thor_fast._core import Completion
+
+__all__ = ["SandboxLimits", "decode_result", "encode_request"]
+
+# The newest format that every supported interpreter reads and writes.
+_MARSHAL_VERSION = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxLimits:
+    """Limits of requests that name none.
+
+    ``timeout_s``: wall clock. ``cpu_s``: CPU seconds per process, rounded up to whole ones by the
+    kernel; ``None``: as ``timeout_s``. ``memory_bytes``: private memory per process, on top of the
+    interpreter's. ``max_output_bytes``: kept of each stream; beyond it the result is OUTPUT, and
+    beyond 16 times it the snippet is killed. ``max_processes``: processes and threads at a time.
+    """
+
+    timeout_s: float = 10.0
+    cpu_s: float | None = None
+    memory_bytes: int = 1 << 30
+    max_output_bytes: int = 1 << 20
+    max_processes: int = 32
+
+    def __post_init__(self) -> None:
+        _check_limits(
+            timeout_s=self.timeout_s,
+            cpu_s=self.cpu_s,
+            memory_bytes=self.memory_bytes,
+            max_output_bytes=self.max_output_bytes,
+            max_processes=self.max_processes,
+        )
+
+
+def encode_request(request: ExecutionRequest, defaults: SandboxLimits) -> dict[str, Any]:
+    """Keyword arguments of ``_core.Orchestrator.submit``.
+
+    Raises ``ValueError`` or ``TypeError`` for what a caller got wrong; code that does not compile
+    or text that is no valid Unicode is not wrong, it is data.
+    """
+    if request.language != "python":
+        raise ValueError(f"language is {request.language!r}, expected 'python'")
+    if not isinstance(request.code, str):
+        raise TypeError(f"code is {type(request.code).__name__}, expected str")
+    timeout_s = defaults.timeout_s if request.timeout_s is None else request.timeout_s
+    default_cpu_s = timeout_s if defaults.cpu_s is None else defaults.cpu_s
+    limits = {
+        "timeout_s": timeout_s,
+        "cpu_s": default_cpu_s if request.cpu_s is None else request.cpu_s,
+        "memory_bytes": request.memory_bytes or defaults.memory_bytes,
+        "max_output_bytes": request.max_output_bytes or defaults.max_output_bytes,
+        "max_processes": request.max_processes or defaults.max_processes,
+    }
+    _check_limits(**limits)
+    stdin = request.stdin
+    payload = (request.code, _checked_files(request), _checked_env(request))
+    return {
+        "payload": marshal.dumps(payload, _MARSHAL_VERSION),
+        "stdin_data": stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin,
+        **limits,
+    }
+
+
+def decode_result(done: Completion) -> ExecutionResult:
+    """The result behind one completion; output that is not UTF-8 is shown with replacements."""
+    _, status, stdout, stderr, exit_code, signal, wall_s, cpu_s, peak, truncated, error = done
+    return ExecutionResult(
+        status=Status(status),
+        stdout=stdout.decode("utf-8", "replace"),
+        stderr=stderr.decode("utf-8", "replace"),
+        exit_code=None if exit_code < 0 else exit_code,
+        signal=signal or None,
+        wall_s=wall_s,
+        cpu_s=cpu_s,
+        peak_memory_bytes=peak,
+        truncated=truncated,
+        error=error,
+    )
+
+
+def _check_limits(**limits: float | None) -> None:
+    for name, value in limits.items():
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}, expected a finite number > 0")
+
+
+def _checked_files(request: ExecutionRequest) -> dict[str, bytes]:
+    for name in request.files:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+            raise ValueError(f"file name {name!r}, expected a relative path without '..'")
+    return {name: bytes(content) for name, content in request.files.items()}
+
+
+def _checked_env(request: ExecutionRequest) -> dict[str, str]:
+    for name, value in request.env.items():
+        if not name or "=" in name or "\0" in name + value:
+            raise ValueError(f"environment variable {name!r}, expected a name without '=' or NUL")
+    return dict(request.env)
