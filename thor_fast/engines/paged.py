@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from thor_fast.engines.base import Capabilities, GenerateRequest, KVBudget, TokenChunk
-from thor_fast.engines.slot_cache import SlotCache, probe
+from thor_fast.engines.slot_cache import SlotCache, probe, shadow
 from thor_fast.engines.step_loop import EngineCounters, StepLoop
 from thor_fast.engines.token_stream import TokenStream
 from thor_fast.errors import EngineError
@@ -44,8 +44,9 @@ class PagedEngine:
       call in flight across it goes on under the new weights, from a prefill of all it has.
 
     ``model``: plain causal attention in every layer, through transformers' attention interface
-    (Qwen2, Qwen3, Llama and their kin); put in eval mode, otherwise left as it is. ``device``
-    moves it first. Raises ``EngineError`` for a model or sizes that cannot work.
+    (Qwen2, Qwen3, Llama and their kin). It is not modified, and may be trained or evaluated on
+    other threads; ``device`` moves it there first. Raises ``EngineError`` for a model or sizes that
+    cannot work.
     """
 
     def __init__(
@@ -65,8 +66,7 @@ class PagedEngine:
             )
         if device is not None:
             model.to(device)  # type: ignore[arg-type]
-        model.eval()  # type: ignore[no-untyped-call]
-        like = probe(model)
+        like = probe(shadow(model))
         cache = SlotCache(max_sequences, max_context, model.config.num_hidden_layers, like)
         embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
         self._vocab = embeddings.num_embeddings

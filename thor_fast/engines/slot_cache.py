@@ -6,14 +6,14 @@ context among them, Hq query heads, Hkv key/value heads, G = Hq / Hkv, D head wi
 A step is *packed*: the new tokens of all sequences, one each from those that decode and a chunk
 from those that prefill, stand one behind the other in a batch of one, ``[1, T]``. Everything but
 attention is token-wise, so nothing is padded. Attention reaches us through transformers'
-``AttentionInterface``, which hands on unknown keyword arguments: the model is not modified and
-transformers' ``Cache`` classes are not involved.
+``AttentionInterface``, which hands on unknown keyword arguments: neither the model's code nor
+transformers' ``Cache`` classes are involved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from thor_fast.errors import EngineError
 
-__all__ = ["Chunk", "SlotCache", "StepBatch", "forward", "probe"]
+__all__ = ["Chunk", "SlotCache", "StepBatch", "forward", "probe", "shadow"]
 
 _NAME = "thor_fast_slots"
 
@@ -68,27 +68,30 @@ def _attention(
 AttentionInterface.register(_NAME, _attention)
 
 
-@contextmanager
-def _slot_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Route attention to us for one forward; a trainer that shares the model keeps its own."""
-    before = model.config._attn_implementation  # noqa: SLF001 - the documented switch has no getter
-    model.config._attn_implementation = _NAME  # noqa: SLF001
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before  # noqa: SLF001
+def shadow(model: PreTrainedModel) -> PreTrainedModel:
+    """A second set of modules over the *same* parameters and buffers, with our attention.
+
+    Attention is chosen by the config and dropout by a flag on each module. Switching those on the
+    caller's own model would break a forward of his that runs on another thread at the same time;
+    the shadow has a config and flags of its own and costs no memory to speak of. It follows
+    in-place updates of the weights, not their replacement by new tensors.
+    """
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    twin.set_attn_implementation(_NAME)
+    twin.eval()  # type: ignore[no-untyped-call]
+    return twin
 
 
 def forward(model: PreTrainedModel, batch: StepBatch) -> torch.Tensor:
-    """Logits [n, V] after the last token of each of the step's chunks, KV written on the way."""
-    with _slot_attention(model):
-        out = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=batch.last,
-            slot_step=batch,
-        )
+    """Logits [n, V] of a :func:`shadow` after each of the step's chunks; writes KV on the way."""
+    out = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=batch.last,
+        slot_step=batch,
+    )
     logits: torch.Tensor = out.logits[0]
     return logits
 
@@ -114,11 +117,12 @@ class _Probe:
 def probe(model: PreTrainedModel) -> torch.Tensor:
     """One layer's keys [1, Hkv, 1, D] for one token: what a cache must hold, in which dtype.
 
-    Raises ``EngineError`` where the model's attention does not come to us in every layer.
+    ``model`` is a :func:`shadow`. Raises ``EngineError`` where the model's attention does not come
+    to us in every layer.
     """
     seen = _Probe()
     token = torch.zeros((1, 1), dtype=torch.int64, device=model.device)
-    with torch.inference_mode(), _slot_attention(model):
+    with torch.inference_mode():
         model(input_ids=token, position_ids=token, use_cache=False, slot_step=seen)
     layers = model.config.num_hidden_layers
     shapes = {tuple(key.shape) for key in seen.keys.values()}

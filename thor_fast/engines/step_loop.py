@@ -24,7 +24,7 @@ import torch
 from thor_fast.engines.base import FinishReason, GenerateRequest, TokenChunk
 from thor_fast.engines.sampling import SamplingRow, noise_key, sample
 from thor_fast.engines.sessions import Session, SessionTable
-from thor_fast.engines.slot_cache import Chunk, SlotCache, StepBatch, forward
+from thor_fast.engines.slot_cache import Chunk, SlotCache, StepBatch, forward, shadow
 from thor_fast.engines.token_stream import TokenStream, hand_over
 from thor_fast.errors import EngineError
 
@@ -79,7 +79,8 @@ class StepLoop:
     """Runs steps on its own thread while any sequence is live. See the module's diagram."""
 
     def __init__(self, model: PreTrainedModel, cache: SlotCache) -> None:
-        self._model = model
+        self._source = model
+        self._model = shadow(model)
         self._cache = cache
         self.table = SessionTable(cache.slots, cache.copy)
         self.counters = EngineCounters()
@@ -145,7 +146,8 @@ class StepLoop:
 
     def invalidate(self) -> None:
         """New weights: sequences in flight go on from a prefill of all they have."""
-        self._model.eval()  # type: ignore[no-untyped-call]
+        # Anew, in case the trainer put new tensors in place of the old ones.
+        self._model = shadow(self._source)
         self.table.invalidate()
 
     def _run(self) -> None:
