@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thor_fast.engines.base import SamplingParams as SamplingParams
     from thor_fast.engines.paged import PagedEngine as PagedEngine
+    from thor_fast.rewards import MathAnswerReward as MathAnswerReward
     from thor_fast.rollout.limits import RolloutLimits as RolloutLimits
     from thor_fast.rollout.loop import run_episode as run_episode
     from thor_fast.rollout.renderer import Renderer as Renderer
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "ExecutionRequest": "thor_fast.types",
     "ExecutionResult": "thor_fast.types",
+    "MathAnswerReward": "thor_fast.rewards",
     "NativeSandbox": "thor_fast.sandbox",
     "ObservationEncoder": "thor_fast.rollout.splice",
     "PagedEngine": "thor_fast.engines.paged",
