@@ -1,1 +1,13 @@
-"""tools."""
+"""Tools a model calls by writing text: found on token ids, answered in text."""
+
+from thor_fast.tools.dialect import THOR_DIALECT, TOOL_CALL_DIALECT, ErrorView, ObservationDialect
+from thor_fast.tools.python_tool import ExecutionLimits, PythonTool
+
+__all__ = [
+    "THOR_DIALECT",
+    "TOOL_CALL_DIALECT",
+    "ErrorView",
+    "ExecutionLimits",
+    "ObservationDialect",
+    "PythonTool",
+]
