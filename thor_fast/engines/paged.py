@@ -150,7 +150,10 @@ class PagedEngine:
 
     async def release(self, session: str) -> None:
         """Forget a session; a call in flight on it raises ``EngineError``."""
-        await self._ask(lambda: self._steps.release(session))
+        # Called in ``finally`` blocks: a closed engine has nothing to forget, and an error here
+        # would hide the one that is on its way, or swallow a cancellation.
+        with contextlib.suppress(EngineError):
+            await self._ask(lambda: self._steps.release(session))
 
     async def update_weights(self, version: int) -> None:
         """See :meth:`Engine.update_weights`. ``EngineError`` unless ``version`` has grown."""

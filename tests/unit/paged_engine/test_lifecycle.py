@@ -269,7 +269,8 @@ async def test_close_fails_streams_in_flight_and_later_calls(make: Make) -> None
     with pytest.raises(EngineError, match="the engine is closed"):
         await driver.generate(PROMPT, 1)
     with pytest.raises(EngineError, match="the engine is closed"):
-        await driver.engine.release("s0")
+        await driver.engine.truncate("s0", 1)
+    await driver.engine.release("s0")
     await driver.engine.aclose()
 
 
