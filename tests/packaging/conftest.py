@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,9 +24,9 @@ def _run(*command: str | Path, cwd: Path | None = None) -> str:
 
 def _build_wheel(source: Path, scratch: Path, python: str = sys.executable) -> Path:
     """Build ``source`` for ``python``; the build tree stays out of the sources."""
-    here = python == sys.executable
-    # The test extra brings the build tools; without them pip makes its own build environment.
-    ready = here and all(map(importlib.util.find_spec, ("scikit_build_core", "pybind11")))
+    # What a build environment would hold is there already, or pip makes one.
+    modules = ("scikit_build_core", "pybind11", *([] if shutil.which("cmake") else ["cmake"]))
+    ready = python == sys.executable and all(map(importlib.util.find_spec, modules))
     _run(
         *(python, "-P", "-m", "pip", "wheel", "-q", "--no-deps", source, "-w", scratch / "out"),
         *(["--no-build-isolation"] if ready else []),
