@@ -1,0 +1,85 @@
+#include "core/protocol.h"
+
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <array>
+#include <utility>
+
+namespace thor {
+namespace {
+
+std::pair<UniqueFd, UniqueFd> connected() {
+  std::array<int, 2> ends{};
+  EXPECT_EQ(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends.data()),
+            0);
+  return {UniqueFd(ends[0]), UniqueFd(ends[1])};
+}
+
+TEST(Protocol, CarriesFieldsAndDescriptors) {
+  auto [left, right] = connected();
+  std::array<int, 2> pipe_ends{};
+  ASSERT_EQ(::pipe(pipe_ends.data()), 0);
+  const UniqueFd read_end(pipe_ends[0]);
+  UniqueFd write_end(pipe_ends[1]);
+  const Message sent{.kind = MessageKind::kRun, .slot = 7, .limits = {.max_processes = 5}};
+  ASSERT_TRUE(send_message(left.get(), sent, {pipe_ends.data() + 1, 1}));
+  write_end.reset();
+
+  Message got;
+  std::vector<UniqueFd> fds;
+  ASSERT_EQ(receive_message(right.get(), &got, &fds), Received::kMessage);
+  EXPECT_EQ(got.kind, MessageKind::kRun);
+  EXPECT_EQ(got.slot, 7U);
+  EXPECT_EQ(got.limits.max_processes, 5U);
+  ASSERT_EQ(fds.size(), 1U);
+  ASSERT_EQ(::write(fds[0].get(), "x", 1), 1);
+  char c = 0;
+  EXPECT_EQ(::read(read_end.get(), &c, 1), 1);
+  EXPECT_EQ(c, 'x');
+}
+
+TEST(Protocol, NothingWaiting) {
+  auto [left, right] = connected();
+  Message got;
+  std::vector<UniqueFd> fds;
+  EXPECT_EQ(receive_message(right.get(), &got, &fds), Received::kNothing);
+}
+
+TEST(Protocol, ClosedPeer) {
+  auto [left, right] = connected();
+  left.reset();
+  Message got;
+  std::vector<UniqueFd> fds;
+  EXPECT_EQ(receive_message(right.get(), &got, &fds), Received::kClosed);
+  EXPECT_FALSE(send_message(right.get(), got));
+}
+
+TEST(Protocol, AMessageOfTheWrongSizeIsNotUnderstood) {
+  auto [left, right] = connected();
+  ASSERT_EQ(::send(left.get(), "hello", 5, 0), 5);
+  Message got;
+  std::vector<UniqueFd> fds;
+  EXPECT_EQ(receive_message(right.get(), &got, &fds), Received::kClosed);
+}
+
+TEST(Protocol, DescriptorsOfABadMessageAreNotLeaked) {
+  auto [left, right] = connected();
+  const int before = ::dup(left.get());
+  ::close(before);
+  Message message;
+  const int fd = left.get();
+  ASSERT_TRUE(send_message(left.get(), message, {&fd, 1}));
+  {
+    std::vector<UniqueFd> fds;
+    ASSERT_EQ(receive_message(right.get(), &message, &fds), Received::kMessage);
+    ASSERT_EQ(fds.size(), 1U);
+  }
+  const int after = ::dup(left.get());
+  EXPECT_EQ(after, before);
+  ::close(after);
+}
+
+}  // namespace
+}  // namespace thor
