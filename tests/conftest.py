@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 
 import pytest
@@ -62,9 +62,21 @@ class FakeSandbox:
         self.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fake_sandbox() -> type[FakeSandbox]:
     return FakeSandbox
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[[Callable[[], object]], Awaitable[None]]:
+    """Waits for a condition to hold, five seconds at most."""
+
+    async def wait(condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(5):
+            while not condition():  # noqa: ASYNC110 - what is waited for has no event
+                await asyncio.sleep(0.001)
+
+    return wait
 
 
 def _byte_level(vocab_size: int, *, use_regex: bool):
