@@ -68,6 +68,11 @@ class FenceScanner:
         self._lexer = StringLexer()
         self._start_line()
 
+    @property
+    def idle(self) -> bool:
+        """Bytes up to the end of this line change nothing and need not be fed."""
+        return not self._line and self._where in (_Where.TEXT, _Where.OTHER)
+
     def feed(self, byte: int) -> FenceEvent | None:
         """Take the next byte."""
         match self._where:

@@ -60,10 +60,10 @@ class PythonTool:
 class PythonDetector:
     r"""Watches one trajectory; see :class:`~thor_fast.tools.base.ToolDetector`.
 
-    Works on bytes, so that where a call ends does not depend on how the text was tokenised, and
-    costs a few operations per byte. Fires once per block, at the token that completes the closing
-    fence. A token that would close two blocks fires for the first: what lies behind a closing fence
-    in its token was written before the observation and is never run.
+    Works on bytes, so that where a call ends does not depend on how the text was tokenised; costs
+    a few operations per byte of code and next to nothing in prose. Fires once per block, at the
+    token that completes the closing fence. A token that would close two blocks fires for the first:
+    what lies behind a closing fence in its token was written before the observation and never runs.
     """
 
     def __init__(self, tokens: TokenBytes, languages: frozenset[str]) -> None:
@@ -74,6 +74,9 @@ class PythonDetector:
 
     def feed(self, token_id: int) -> DetectedCall | None:
         data = self._tokens[token_id]
+        if self._scanner.idle and b"\n" not in data:  # most of prose
+            self._position += 1
+            return None
         call: DetectedCall | None = None
         for i, byte in enumerate(data):
             event = self._scanner.feed(byte)
