@@ -14,7 +14,7 @@ SUITES = sorted(Path(__file__).parent.glob("interpreted_*.py"))
 
 def _pytest(suite: Path, interpret: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)],
+        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)],
         env=os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -39,7 +39,7 @@ def test_without_interpreter_or_cuda_the_message_says_so():
         "f(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1).long(), impl='triton')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
