@@ -1,0 +1,17 @@
+"""Tests run against the installed package; says so where they would not."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+import thor_fast
+
+
+def pytest_configure() -> None:
+    if importlib.util.find_spec("thor_fast._core") is None:
+        raise pytest.UsageError(
+            f"{thor_fast.__file__} has no compiled thor_fast._core, expected the installed "
+            "package: install it, then run `pytest` (`python -m pytest` puts the source tree first)"
+        )
