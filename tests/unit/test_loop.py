@@ -80,15 +80,44 @@ async def test_two_calls_whether_the_engine_watches_or_not(episode, watch, chunk
 
 
 async def test_what_ran_past_the_fence_is_forgotten_by_the_engine(episode) -> None:
-    engine = ScriptedEngine(
-        {PROMPT: [Script(tuple(episode.ids(CALL + "tail<|im_end|>")))]},
-        watch=False,
-        chunk_tokens=64,
-    )
+    cuts: list[int] = []
+
+    class Recording(ScriptedEngine):
+        async def truncate(self, session: str, at_token: int) -> None:
+            cuts.append(at_token)
+            await super().truncate(session, at_token)
+
+    script = Script(tuple(episode.ids(CALL + "tail<|im_end|>")))
+    engine = Recording({PROMPT: [script]}, watch=False, chunk_tokens=64)
     t = await episode(engine=engine)
     # The tail was sampled once too early, dropped, and sampled again behind the observation.
     assert t.metrics["dropped_tokens"] == len("tail") + 1
+    assert cuts == [len(PROMPT) + len(CALL)]
     assert episode.text(t.response_ids) == CALL + OBSERVATION + "tail<|im_end|>"
+
+
+async def test_the_stream_is_closed_before_the_snippet_runs(episode, fake_sandbox) -> None:
+    streams = []
+
+    class Recording(ScriptedEngine):
+        def generate(self, request):
+            streams.append(super().generate(request))
+            return streams[-1]
+
+    def run(_: str) -> ExecutionResult:
+        assert streams[-1].ag_frame is None  # finished, so the engine may not sample on
+        return ExecutionResult(Status.OK)
+
+    script = Script(tuple(episode.ids(CALL + "tail<|im_end|>")))
+    engine = Recording({PROMPT: [script]}, watch=False)
+    t = await episode(engine=engine, sandbox=fake_sandbox(run))
+    assert (t.stop_reason, len(streams)) == (StopReason.EOS, 2)
+
+
+async def test_a_call_may_follow_an_observation_at_once(episode) -> None:
+    t = await episode(CALL + CALL[3:] + "84<|im_end|>")
+    assert len(t.tool_calls) == 2
+    assert episode.text(t.token_ids[t.tool_calls[1].start : t.tool_calls[1].end]) == CALL[3:]
 
 
 async def test_a_failed_call_goes_on(episode, fake_sandbox) -> None:

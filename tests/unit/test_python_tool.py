@@ -50,7 +50,8 @@ RUNS = {
         ["s = '''\"\"\" it's ''\n```\n'''\n"],
     ),
     "string left open on its line": ("```py\nprint('a)\n```", ["print('a)\n"]),
-    "apostrophe in a comment": ("```py\n# don't \"\"\"\n```", ["# don't \"\"\"\n"]),
+    "apostrophe in a comment": ('```py\n# don\'t """\n```', ['# don\'t """\n']),
+    "triple quotes in a comment": ('```py\n# """ and\n```', ['# """ and\n']),
     "empty strings": ("```py\na = ''\nb = \"\"\n```", ["a = ''\nb = \"\"\n"]),
     "hash in a string": ("```py\na = '#'''\n```", ["a = '#'''\n"]),
     "raw string ending in a backslash and quote": ("```py\nr'\\''\n```", ["r'\\''\n"]),
@@ -153,7 +154,9 @@ def test_detectors_do_not_share_state(tokenizers) -> None:
 
 
 def test_request_carries_the_limits(tokenizers) -> None:
-    tool: Tool = PythonTool(tokenizers.bytes, limits=ExecutionLimits(timeout_s=2.5, max_processes=3))
+    tool: Tool = PythonTool(
+        tokenizers.bytes, limits=ExecutionLimits(timeout_s=2.5, max_processes=3)
+    )
     request = tool.request(DetectedCall("x", 0, 1, ""))
     assert (request.code, request.language, request.timeout_s) == ("x", "python", 2.5)
     assert (request.max_processes, request.memory_bytes) == (3, None)
@@ -161,7 +164,11 @@ def test_request_carries_the_limits(tokenizers) -> None:
 
 @pytest.mark.parametrize(
     ("trailing", "text"),
-    [("", "\n```output\n42\n```\n"), ("\n", "```output\n42\n```\n"), (" ", "\n```output\n42\n```\n")],
+    [
+        ("", "\n```output\n42\n```\n"),
+        ("\n", "```output\n42\n```\n"),
+        (" ", "\n```output\n42\n```\n"),
+    ],
 )
 def test_observation_starts_on_its_own_line(tokenizers, trailing: str, text: str) -> None:
     tool = PythonTool(tokenizers.bytes)

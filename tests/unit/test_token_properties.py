@@ -116,7 +116,7 @@ def random_choice(rng):
     return lambda fits: rng.choice([fits[-1], rng.choice(fits)])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(response=responses(), rng=st.randoms(use_true_random=False))
 def test_fires_at_the_same_byte_whatever_the_tokenisation(cutters, response, rng) -> None:
     for cutter in cutters:
@@ -137,7 +137,7 @@ def test_fires_at_the_same_byte_whatever_the_tokenisation(cutters, response, rng
                 assert call.trailing == trailing
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     turns=st.lists(responses(), min_size=1, max_size=3),
     rng=st.randoms(use_true_random=False),
