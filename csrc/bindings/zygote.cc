@@ -32,8 +32,7 @@ int run_guest(void* context, const std::string& payload, volatile bool* out_of_m
 }
 
 // Called with the GIL held and never gives it up: the process has one thread.
-[[noreturn]] void serve(int control_fd, std::vector<std::string> readonly_paths,
-                        py::function run) {
+[[noreturn]] void serve(int control_fd, std::vector<std::string> readonly_paths, py::function run) {
   const GuestHooks hooks{
       .context = &run,
       .before_fork = [](void* /*context*/) { PyOS_BeforeFork(); },

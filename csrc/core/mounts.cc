@@ -20,8 +20,8 @@ namespace {
 namespace fs = std::filesystem;
 
 // Any directory every system has will do: it is covered only in our own mount namespace.
-const std::string kStaging = "/tmp";
-const std::string kOldRoot = "/.host";
+constexpr const char* kStaging = "/tmp";
+constexpr const char* kOldRoot = "/.host";
 constexpr unsigned long kTmpfsFlags = MS_NOSUID | MS_NODEV;
 // Sizes bound what a snippet can store; inode counts bound what it can make of nothing.
 constexpr const char* kRootOptions = "size=1m,nr_inodes=1024,mode=755";
@@ -29,6 +29,9 @@ constexpr const char* kTmpOptions = "size=64m,nr_inodes=4096,mode=700";
 constexpr const char* kShmOptions = "size=64m,nr_inodes=256,mode=700";
 constexpr std::array<const char*, 5> kDevices{"/dev/null", "/dev/zero", "/dev/full", "/dev/random",
                                               "/dev/urandom"};
+
+// Where `path` is while the new root is still mounted at the staging directory.
+std::string staged(const std::string& path) { return kStaging + path; }
 
 bool make_directories(const fs::path& path) {
   std::error_code error;
@@ -67,8 +70,8 @@ bool recreate_link(int source, const std::string& target) {
 }
 
 bool place(const MountSource& source) {
-  const std::string target = kStaging + source.path;
-  struct stat info {};
+  const std::string target = staged(source.path);
+  struct stat info{};
   if (::fstat(source.fd.get(), &info) != 0) return false;
   if (S_ISLNK(info.st_mode)) return recreate_link(source.fd.get(), target);
   const bool made = S_ISDIR(info.st_mode) ? make_directories(target) : make_file(target);
@@ -86,14 +89,14 @@ SetupError mount_proc(const std::string& target, const char* options) {
 }
 
 SetupError pivot_to_staging() {
-  const std::string old_root = kStaging + kOldRoot;
+  const std::string old_root = staged(kOldRoot);
   if (::mkdir(old_root.c_str(), S_IRWXU) != 0) return failed(SetupStep::kPivotRoot, 0);
-  if (::syscall(SYS_pivot_root, kStaging.c_str(), old_root.c_str()) != 0) {
+  if (::syscall(SYS_pivot_root, kStaging, old_root.c_str()) != 0) {
     return failed(SetupStep::kPivotRoot, 1);
   }
   if (::chdir("/") != 0) return failed(SetupStep::kPivotRoot, 2);
-  if (::umount2(kOldRoot.c_str(), MNT_DETACH) != 0) return failed(SetupStep::kPivotRoot, 3);
-  return ::rmdir(kOldRoot.c_str()) == 0 ? SetupError{} : failed(SetupStep::kPivotRoot, 4);
+  if (::umount2(kOldRoot, MNT_DETACH) != 0) return failed(SetupStep::kPivotRoot, 3);
+  return ::rmdir(kOldRoot) == 0 ? SetupError{} : failed(SetupStep::kPivotRoot, 4);
 }
 
 }  // namespace
@@ -125,17 +128,17 @@ SetupError build_root(const std::vector<MountSource>& sources) {
   if (::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) {
     return failed(SetupStep::kRootTmpfs, 0);
   }
-  if (::mount("tmpfs", kStaging.c_str(), "tmpfs", kTmpfsFlags, kRootOptions) != 0) {
+  if (::mount("tmpfs", kStaging, "tmpfs", kTmpfsFlags, kRootOptions) != 0) {
     return failed(SetupStep::kRootTmpfs, 1);
   }
   for (std::size_t i = 0; i < sources.size(); ++i) {
     if (!place(sources[i])) return failed(SetupStep::kBind, static_cast<int>(i));
   }
   for (const char* directory : {"/proc", "/tmp", "/dev/shm"}) {
-    if (!make_directories(kStaging + directory)) return failed(SetupStep::kRootTmpfs, 2);
+    if (!make_directories(staged(directory))) return failed(SetupStep::kRootTmpfs, 2);
   }
   // The kernel grants a new /proc only where an unobstructed one is still in sight.
-  if (const SetupError e = mount_proc(kStaging + "/proc", nullptr)) return e;
+  if (const SetupError e = mount_proc(staged("/proc"), nullptr)) return e;
   if (const SetupError e = pivot_to_staging()) return e;
   if (!restrict_mount("/", kMountAttrReadOnly, 0)) return failed(SetupStep::kReadOnlyRoot);
   return {};

@@ -37,8 +37,8 @@ std::uint64_t tag(Source source, std::size_t slot = 0) {
 
 // A zygote that dies this often without having run anything in between will not get better.
 constexpr int kMaxFailedStarts = 5;
-constexpr std::chrono::milliseconds kStartTurn{50};    // how soon a close() during start is noticed
-constexpr std::chrono::milliseconds kKillGrace{200};   // for init to kill and report
+constexpr std::chrono::milliseconds kStartTurn{50};   // how soon a close() during start is noticed
+constexpr std::chrono::milliseconds kKillGrace{200};  // for init to kill and report
 constexpr std::chrono::milliseconds kStopGrace{2'000};  // thousands of times what an exit takes
 
 std::system_error system_failure(const char* what) {

@@ -35,12 +35,12 @@ struct Usage {
 struct Message {
   MessageKind kind = MessageKind::kReady;
   std::uint32_t slot = 0;
-  SetupError error;                 // kStartFailed; kExited when the child could not be set up
-  Limits limits;                    // kRun
+  SetupError error;                  // kStartFailed; kExited when the child could not be set up
+  Limits limits;                     // kRun
   std::int32_t snippet_status = -1;  // kExited: wait status of the snippet, -1 if it was killed
   std::int32_t init_status = 0;      // kExited: wait status of its pid namespace's init
   bool out_of_memory = false;        // kExited: the guest's own word, used only to refine an error
-  Usage usage;                      // kExited
+  Usage usage;                       // kExited
 };
 static_assert(std::is_trivially_copyable_v<Message>);
 

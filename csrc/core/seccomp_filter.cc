@@ -150,7 +150,7 @@ Verdict verdict_of(std::uint32_t syscall_number) {
 std::vector<sock_filter> build_seccomp_filter() {
   const sock_filter kill = statement(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS);
   Program p{
-      load(offsetof(seccomp_data, arch)), jump(BPF_JEQ, kArch, 1, 0), kill,
+      load(offsetof(seccomp_data, arch)), jump(BPF_JEQ, kArch, 1, 0),   kill,
       load(offsetof(seccomp_data, nr)),   jump(BPF_JGE, kX32Bit, 0, 1), kill,
   };
   const Program decisions = tree(intervals());

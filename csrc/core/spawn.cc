@@ -46,8 +46,8 @@ class SpawnPlan {
     sigset_t all;
     sigfillset(&all);
     // Its own session: the terminal's Ctrl-C is for the owner, who then closes us.
-    check(::posix_spawnattr_setflags(&attributes_, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK |
-                                                       POSIX_SPAWN_SETSIGDEF),
+    check(::posix_spawnattr_setflags(
+              &attributes_, POSIX_SPAWN_SETSID | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF),
           "setflags");
     check(::posix_spawnattr_setsigmask(&attributes_, &none), "setsigmask");
     check(::posix_spawnattr_setsigdefault(&attributes_, &all), "setsigdefault");

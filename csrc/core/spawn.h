@@ -9,7 +9,7 @@
 namespace thor {
 
 struct Spawned {
-  UniqueFd control;   // our end of the SOCK_SEQPACKET pair
+  UniqueFd control;  // our end of the SOCK_SEQPACKET pair
   UniqueFd pidfd;
   UniqueFd messages;  // memfd with what the process wrote to stdout and stderr
   int pid = -1;

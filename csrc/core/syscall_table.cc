@@ -8,6 +8,7 @@ namespace thor {
 namespace {
 
 // Numbers from 424 on are the same on every architecture, and newer than some headers we build on.
+// clang-format off: one call a line would hide the groups.
 
 constexpr auto kAllowed = std::to_array<std::uint32_t>({
     // Memory.
@@ -99,6 +100,8 @@ constexpr auto kForbidden = std::to_array<std::uint32_t>({
     __NR_iopl, __NR_ioperm, __NR_modify_ldt,
 #endif
 });
+
+// clang-format on
 
 }  // namespace
 

@@ -140,7 +140,7 @@ class Zygote {
     children_.push_back(std::move(child));
   }
 
-  void refuse(std::uint32_t slot, const SetupError& error) {
+  void refuse(std::uint32_t slot, const SetupError& error) const {
     const Message exited{.kind = MessageKind::kExited, .slot = slot, .error = error};
     if (!send_message(control_, exited)) ::_exit(0);
   }
@@ -170,11 +170,12 @@ class Zygote {
   // the snippet and still reports what that used; SIGKILL would lose the report.
   [[noreturn]] void run_init(const Message& request, const std::vector<UniqueFd>& fds,
                              const Child& child) {
-    child.report->error = prepare_init(
-        plan_, {fds[kStdinFd].get(), fds[kStdoutFd].get(), fds[kStderrFd].get()}, fds[kPayloadFd].get());
+    child.report->error =
+        prepare_init(plan_, {fds[kStdinFd].get(), fds[kStdoutFd].get(), fds[kStderrFd].get()},
+                     fds[kPayloadFd].get());
     if (child.report->error) ::_exit(1);
     ::prctl(PR_SET_DUMPABLE, 0);  // the snippet has our uid: it must not look into us
-    struct sigaction stop {};
+    struct sigaction stop{};
     stop.sa_handler = [](int) { ::kill(-1, SIGKILL); };
     ::sigaction(SIGTERM, &stop, nullptr);
     const pid_t snippet = ::fork();
@@ -201,6 +202,7 @@ class Zygote {
   [[noreturn]] void run_snippet(const Message& request, const Child& child) {
     constexpr int kPayload = 3;  // where prepare_init put it
     std::string payload;
+    ::prctl(PR_SET_DUMPABLE, 1);  // undumpable, /proc/self would not be its own
     const SetupError error = read_all(kPayload, &payload) ? confine_snippet(plan_, request.limits)
                                                           : failed(SetupStep::kPayload);
     if (error) {
@@ -208,10 +210,9 @@ class Zygote {
       ::_exit(1);
     }
     ::close(kPayload);
-    struct sigaction initial {};
+    struct sigaction initial{};
     initial.sa_handler = SIG_DFL;
     ::sigaction(SIGTERM, &initial, nullptr);
-    ::prctl(PR_SET_DUMPABLE, 1);
     unmap(child.report);
     hooks_.after_fork_child(hooks_.context);
     ::_exit(hooks_.run(hooks_.context, payload, &child.hint->out_of_memory));

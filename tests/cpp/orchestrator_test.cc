@@ -76,12 +76,15 @@ std::vector<int> zygote_processes() {
 
 TEST(Orchestrator, StatusesAndTheNextSnippet) {
   Orchestrator orchestrator(config());
-  const std::vector<std::pair<std::string, Status>> cases{
-      {"print hello", Status::kOk},       {"exit 0", Status::kOk},
-      {"exit 3", Status::kError},         {"abort", Status::kError},
-      {"oom", Status::kMemory},           {"orphan", Status::kOk},
-      {"syscall-mount", Status::kOk},     {"flood 5000", Status::kOutput},
-      {"flood 1000000000", Status::kOutput}};
+  const std::vector<std::pair<std::string, Status>> cases{{"print hello", Status::kOk},
+                                                          {"exit 0", Status::kOk},
+                                                          {"exit 3", Status::kError},
+                                                          {"abort", Status::kError},
+                                                          {"oom", Status::kMemory},
+                                                          {"orphan", Status::kOk},
+                                                          {"syscall-mount", Status::kOk},
+                                                          {"flood 5000", Status::kOutput},
+                                                          {"flood 1000000000", Status::kOutput}};
   for (const auto& [payload, status] : cases) {
     const Result result = run_one(orchestrator, command(payload));
     EXPECT_EQ(result.status, status) << payload << ": " << result.error;
@@ -98,8 +101,7 @@ TEST(Orchestrator, TimeLimitsKillAndKeepAccounts) {
   Request greedy = command("spin", milliseconds(30'000));
   greedy.limits.cpu = std::chrono::seconds(1);
   EXPECT_EQ(run_one(orchestrator, greedy).status, Status::kTimeout);
-  const Result stubborn =
-      run_one(orchestrator, command("sleep-ignoring-term", milliseconds(100)));
+  const Result stubborn = run_one(orchestrator, command("sleep-ignoring-term", milliseconds(100)));
   EXPECT_EQ(stubborn.status, Status::kTimeout);
   expect_healthy(orchestrator);
 }

@@ -86,9 +86,9 @@ TEST(SeccompFilter, ForeignAbisAreKilled) {
 
 TEST(SeccompFilter, KernelSurfaceIsRefused) {
   constexpr int kIoUringSetup = 425;
-  for (const int number : {__NR_ptrace, __NR_mount, __NR_bpf, __NR_keyctl, __NR_perf_event_open,
-                           __NR_unshare, __NR_setns, __NR_process_vm_readv, __NR_userfaultfd,
-                           kIoUringSetup}) {
+  for (const int number :
+       {__NR_ptrace, __NR_mount, __NR_bpf, __NR_keyctl, __NR_perf_event_open, __NR_unshare,
+        __NR_setns, __NR_process_vm_readv, __NR_userfaultfd, kIoUringSetup}) {
     EXPECT_EQ(call(number), kEperm) << number;
   }
 }
@@ -96,18 +96,21 @@ TEST(SeccompFilter, KernelSurfaceIsRefused) {
 TEST(SeccompFilter, CloneMakesThreadsAndProcessesButNoNamespaces) {
   EXPECT_EQ(call(__NR_clone, CLONE_VM | CLONE_THREAD), SECCOMP_RET_ALLOW);
   EXPECT_EQ(call(__NR_clone, SIGCHLD), SECCOMP_RET_ALLOW);
-  for (const std::uint64_t flag : {CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET,
-                                   CLONE_NEWIPC, CLONE_NEWUTS, CLONE_NEWCGROUP}) {
+  for (const std::uint32_t flag :
+       std::initializer_list<std::uint32_t>{CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET,
+                                            CLONE_NEWIPC, CLONE_NEWUTS, CLONE_NEWCGROUP}) {
     EXPECT_EQ(call(__NR_clone, flag | SIGCHLD), kEperm) << flag;
   }
   EXPECT_EQ(call(435), kEnosys);  // clone3: its flags cannot be seen
 }
 
 TEST(SeccompFilter, SocketsAreLocalOrIp) {
-  for (const std::uint64_t family : {AF_UNIX, AF_INET, AF_INET6}) {
+  for (const std::uint32_t family :
+       std::initializer_list<std::uint32_t>{AF_UNIX, AF_INET, AF_INET6}) {
     EXPECT_EQ(call(__NR_socket, family), SECCOMP_RET_ALLOW) << family;
   }
-  for (const std::uint64_t family : {AF_NETLINK, AF_PACKET, AF_VSOCK, AF_ALG, AF_KEY}) {
+  for (const std::uint32_t family :
+       std::initializer_list<std::uint32_t>{AF_NETLINK, AF_PACKET, AF_VSOCK, AF_ALG, AF_KEY}) {
     EXPECT_EQ(call(__NR_socket, family), SECCOMP_RET_ERRNO | EAFNOSUPPORT) << family;
   }
 }

@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Report = Callable[[], object]
+
 CONTROL_FD = 3
 FILENAME = "main.py"
 WORKDIR = "/tmp/work"  # noqa: S108  (in the snippet's own tmpfs; csrc/core/child_setup.cc)
 
 
-def run(payload: bytes, report_out_of_memory: Callable[[], object]) -> int:
+def run(payload: bytes, report_out_of_memory: Report) -> int:
     """Run one snippet in this process, which is its own; returns the exit code."""
     code, files, env = marshal.loads(payload)  # noqa: S302  (written by our own parent)
     os.environ.update(env)
@@ -48,7 +50,9 @@ def run(payload: bytes, report_out_of_memory: Callable[[], object]) -> int:
     return _finalise(exit_code)
 
 
-def _execute(code: str, module: types.ModuleType, report_out_of_memory: Callable[[], object]) -> int:
+def _execute(
+    code: str, module: types.ModuleType, report_out_of_memory: Callable[[], object]
+) -> int:
     try:
         lines = code.splitlines(keepends=True)
         linecache.cache[FILENAME] = (len(code), None, lines, FILENAME)

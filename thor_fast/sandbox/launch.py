@@ -44,7 +44,7 @@ _SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc/ld.s
 
 
 def zygote_command(preload: Iterable[str]) -> list[str]:
-    """argv of the zygote: this interpreter, isolated, without ``site`` and its start-up hooks."""
+    """The zygote's argv: this interpreter, isolated, without ``site`` and its start-up hooks."""
     paths = sysconfig.get_paths()
     site_packages = list(dict.fromkeys((paths["purelib"], paths["platlib"])))
     config = {

@@ -32,7 +32,7 @@ _SIGNAL_CHECK_MS = 100
 
 
 class NativeSandbox:
-    """Runs Python snippets; implements :class:`thor_fast.sandbox.base.Sandbox`.
+    r"""Runs Python snippets; implements :class:`thor_fast.sandbox.base.Sandbox`.
 
     ``slots``: snippets that run at a time; default: the CPUs this process may use. More make
     limits meaningless: snippets would time out waiting for each other. ``limits``: what a request
@@ -46,7 +46,7 @@ class NativeSandbox:
     >>> with NativeSandbox(slots=1) as sandbox:
     ...     result = sandbox.execute("print(6 * 7)")
     >>> result.stdout, result.passed
-    ('42\\n', True)
+    ('42\n', True)
     """
 
     def __init__(
@@ -88,18 +88,23 @@ class NativeSandbox:
     def execute_batch(self, requests: Sequence[ExecutionRequest | str]) -> list[ExecutionResult]:
         """Run many; results in the order of the requests."""
         sink = _core.CompletionQueue()
-        tickets: dict[int, int] = {}
+        waiting: dict[int, int] = {}
         results: dict[int, ExecutionResult] = {}
+
+        def take() -> None:
+            for done in sink.wait(timeout_ms=_SIGNAL_CHECK_MS):
+                results[waiting.pop(done[0])] = decode_result(done)
+
         try:
             for index, request in enumerate(requests):
-                tickets[self._submit(request, sink)] = index
-            while len(results) < len(requests):
-                for done in sink.wait(timeout_ms=_SIGNAL_CHECK_MS):
-                    results[tickets[done[0]]] = decode_result(done)
+                waiting[self._submit(request, sink)] = index
+            while waiting:
+                take()
         except BaseException:
-            for ticket, index in tickets.items():
-                if index not in results:
-                    self._orchestrator.cancel(ticket)
+            for ticket in waiting:
+                self._orchestrator.cancel(ticket)
+            while waiting:  # the slots are free again when the caller sees the exception
+                take()
             raise
         return [results[index] for index in range(len(requests))]
 
