@@ -241,6 +241,19 @@ async def test_an_engine_that_breaks_its_contract_is_an_engine_failure(
     assert message in t.error
 
 
+async def test_a_call_whose_tokens_never_came_is_an_engine_failure(episode, fake_sandbox) -> None:
+    class Forgetful(ScriptedEngine):
+        async def generate(self, request):
+            for token_id in episode.ids(CALL):
+                request.watch(token_id)
+            yield TokenChunk((5,), (-0.5,), FinishReason.WATCH)
+
+    sandbox = fake_sandbox()
+    t = await episode(engine=Forgetful({}), sandbox=sandbox)
+    assert (t.stop_reason, t.tool_calls) == (StopReason.ENGINE_FAILURE, [])
+    assert sandbox.requests == []
+
+
 async def test_cancellation_is_visible_and_raised(tokenizers, fake_sandbox, until) -> None:
     tokenizer = tokenizers.bytes
     sandbox = fake_sandbox(delay_s=30)

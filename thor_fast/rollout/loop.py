@@ -182,7 +182,9 @@ class _Running:
         )
         ids: list[int] = []
         logprobs: list[float] = []
+        call: DetectedCall | None = None
         finish: FinishReason | None = None
+        cut = False
         started = time.perf_counter()
         stream = self.engine.generate(request)
         try:
@@ -193,6 +195,8 @@ class _Running:
                 finish = chunk.finish
                 self._count(chunk, n_kept)
                 if watcher.call is not None and len(ids) == watcher.n_tokens:
+                    call = watcher.call
+                    cut = finish is None or n_kept < len(chunk.token_ids)
                     break
         finally:
             # Also when cancelled or broken: what was received so far is part of the record.
@@ -200,15 +204,14 @@ class _Running:
             self.metrics["engine_calls"] += 1
             self.metrics["generate_s"] += time.perf_counter() - started
             await _close(stream)
-        if watcher.call is not None:
-            if finish is None or n_kept < len(chunk.token_ids):
-                await self.engine.truncate(self.session, len(self.trajectory))
-        elif finish in (None, FinishReason.WATCH) or not ids:
+        if cut:
+            await self.engine.truncate(self.session, len(self.trajectory))
+        if call is None and (finish in (None, FinishReason.WATCH) or not ids):
             raise EngineError(
                 f"engine ended a call of session {self.session!r} after {len(ids)} tokens with "
                 f"{finish}, expected tokens and a reason other than None or an unasked WATCH"
             )
-        return watcher.call, finish
+        return call, finish
 
     async def _answer(self, found: DetectedCall, detector: ToolDetector) -> StopReason | None:
         """Run a call and append its observation; the stop reason if that ends the episode."""
