@@ -10,6 +10,7 @@ import thor_fast
 
 
 def pytest_configure() -> None:
+    """Refuse to start where the compiled core cannot be found."""
     if importlib.util.find_spec("thor_fast._core") is None:
         raise pytest.UsageError(
             f"{thor_fast.__file__} has no compiled thor_fast._core, expected the installed "
