@@ -61,12 +61,15 @@ SetupError unshare_as(unsigned host_uid) {
   return {};
 }
 
-// unshare(CLONE_NEWPID) moves only children: the first one is the namespace's init.
-SetupError fork_into_pid_namespace() {
+// unshare(CLONE_NEWPID) moves only children: the first one is the namespace's init. `owner` is the
+// process that started us: a fork of it may hold our socket open, so its death must tell us too.
+SetupError fork_into_pid_namespace(pid_t owner) {
   const pid_t child = ::fork();
   if (child < 0) return failed(SetupStep::kForkZygote);
   if (child == 0) return {};
   ::syscall(kSysCloseRange, 0U, ~0U, 0U);
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (::getppid() != owner) ::_exit(0);  // it died before the line above
   int status = 0;
   while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
   }
@@ -87,8 +90,9 @@ SetupError become_mapped_root() {
 }  // namespace
 
 SetupError enter_jail(const JailSpec& spec) {
+  const pid_t owner = ::getppid();
   if (const SetupError e = unshare_as(spec.host_uid)) return e;
-  if (const SetupError e = fork_into_pid_namespace()) return e;
+  if (const SetupError e = fork_into_pid_namespace(owner)) return e;
   // Sources are opened before the uid changes (an interpreter may live in a private home), and
   // mounted after it (only a mapped uid can make files in a tmpfs of this namespace).
   std::vector<MountSource> sources;

@@ -11,6 +11,7 @@
 #include <fstream>
 #include <map>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -61,15 +62,32 @@ void expect_healthy(Orchestrator& orchestrator) {
   EXPECT_EQ(result.stdout_data, "alive");
 }
 
+int parent_of(int pid) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
+  std::string text;
+  std::getline(file, text);
+  const std::size_t name_end = text.rfind(')');
+  if (name_end == std::string::npos) return 0;
+  std::istringstream rest(text.substr(name_end + 1));
+  std::string state;
+  int parent = 0;
+  rest >> state >> parent;
+  return parent;
+}
+
+// Zygotes below this process; another test may have its own.
 std::vector<int> zygote_processes() {
   std::vector<int> pids;
   for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
     const std::string name = entry.path().filename();
     if (!std::all_of(name.begin(), name.end(), ::isdigit)) continue;
+    const int pid = std::stoi(name);
+    int ancestor = pid;
+    while (ancestor != 0 && ancestor != ::getpid()) ancestor = parent_of(ancestor);
     std::ifstream file(entry.path() / "cmdline");
     std::string cmdline;
     std::getline(file, cmdline, '\0');
-    if (cmdline == STUB_ZYGOTE) pids.push_back(std::stoi(name));
+    if (ancestor != 0 && cmdline == STUB_ZYGOTE) pids.push_back(pid);
   }
   return pids;
 }

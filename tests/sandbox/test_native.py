@@ -200,29 +200,43 @@ ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page))
 # --- life and death ------------------------------------------------------------------------------
 
 
-def guests() -> set[int]:
-    """Pids of all zygotes, whoever owns them."""
+def parent_of(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it ended while we looked
+        return 0
+
+
+def is_guest(pid: int) -> bool:
+    try:
+        return b"_guest.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def guests(owner: int) -> set[int]:
+    """Pids of the zygotes below ``owner``; others may run sandboxes on this machine too."""
     found = set()
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and b"_guest.py" in (entry / "cmdline").read_bytes():
-                found.add(int(entry.name))
-        except OSError:  # it ended while we looked
-            continue
+    for pid in (int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit()):
+        ancestor = pid
+        while ancestor not in (0, owner):
+            ancestor = parent_of(ancestor)
+        if ancestor == owner and is_guest(pid):
+            found.add(pid)
     return found
 
 
 def assert_gone(pids: set[int]) -> None:
     deadline = time.monotonic() + 5
-    while pids & guests() and time.monotonic() < deadline:
+    while any(map(is_guest, pids)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not pids & guests()
+    assert not [pid for pid in pids if is_guest(pid)]
 
 
 def test_close_leaves_nothing_behind() -> None:
-    before, descriptors = guests(), set(Path("/proc/self/fd").iterdir())
+    before, descriptors = guests(os.getpid()), set(Path("/proc/self/fd").iterdir())
     sandbox = NativeSandbox(slots=2)
-    started = guests() - before
+    started = guests(os.getpid()) - before
     assert started
     spin = ExecutionRequest("while True: pass", timeout_s=600)
     thread = threading.Thread(target=sandbox.execute, args=(spin,))
@@ -231,7 +245,7 @@ def test_close_leaves_nothing_behind() -> None:
     sandbox.close()
     thread.join(timeout=10)
     assert not thread.is_alive()
-    assert not started & guests()
+    assert not [pid for pid in started if is_guest(pid)]
     del sandbox, thread
     assert set(Path("/proc/self/fd").iterdir()) == descriptors
 
@@ -262,7 +276,6 @@ print("ready", flush=True)
     ],
 )
 def test_nothing_outlives_the_owner(ending: str, kill: signal.Signals | None) -> None:
-    before = guests()
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER.format(ending=ending)],
         stdout=subprocess.PIPE,
@@ -270,7 +283,7 @@ def test_nothing_outlives_the_owner(ending: str, kill: signal.Signals | None) ->
     )
     assert owner.stdout is not None
     assert owner.stdout.readline() == b"ready\n"
-    started = guests() - before
+    started = guests(owner.pid)
     if kill is not None:
         assert started
         owner.send_signal(kill)
@@ -279,10 +292,31 @@ def test_nothing_outlives_the_owner(ending: str, kill: signal.Signals | None) ->
     assert_gone(started)
 
 
+def test_a_fork_that_outlives_the_owner_keeps_nothing_alive() -> None:
+    """The fork holds a copy of every descriptor, the zygote's control socket among them."""
+    ending = "import os\nif os.fork() == 0: time.sleep(30)\ntime.sleep(600)"
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER.format(ending=ending)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"ready\n"
+        started = guests(owner.pid)
+        time.sleep(0.2)
+        owner.kill()
+        owner.wait(timeout=20)
+        assert started
+        assert_gone(started)
+        os.killpg(owner.pid, signal.SIGKILL)  # the fork
+
+
 def test_a_killed_zygote_costs_only_what_it_ran() -> None:
-    before = guests()
+    before = guests(os.getpid())
     with NativeSandbox(slots=1) as sandbox:
-        killer = threading.Timer(0.3, lambda: [os.kill(p, 9) for p in guests() - before])
+        zygote = guests(os.getpid()) - before
+        killer = threading.Timer(0.3, lambda: [os.kill(pid, signal.SIGKILL) for pid in zygote])
         killer.start()
         requests = [ExecutionRequest("import time; time.sleep(1)"), "print('next')"]
         first, second = sandbox.execute_batch(requests)
