@@ -266,7 +266,7 @@ print('main', end=' ')
 
     @pytest.mark.parametrize(
         "limits",
-        [{"timeout_s": 0}, {"timeout_s": float("inf")}, {"cpu_s": -1.0}, {"max_processes": -3}],
+        [{"timeout_s": 0}, {"timeout_s": float("inf")}, {"cpu_s": -1.0}, {"memory_bytes": 0}],
     )
     def test_senseless_limits_are_refused(self, sandbox: Sandbox, limits: dict[str, float]) -> None:
         with pytest.raises(ValueError, match="expected a finite number > 0"):
@@ -362,6 +362,14 @@ print(asyncio.run(f()), int(np.linalg.matrix_rank(np.eye(50))), np.arange(3).sum
         # All slots are free again: more snippets than slots finish at once.
         results = await asyncio.gather(*(sandbox.submit("print(1)") for _ in range(8)))
         assert all(r.status is Status.OK for r in results)
+
+    async def test_closing_answers_who_waits(self, fresh: Sandbox) -> None:
+        task = asyncio.create_task(fresh.submit("import time; time.sleep(600)"))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(fresh.close)
+        result = await task
+        assert (result.status, result.passed) == (Status.INFRA, None)
+        assert "closed" in result.error
 
     def test_closed_is_an_error(self, fresh: Sandbox) -> None:
         with fresh as sandbox:

@@ -55,15 +55,12 @@ def encode_request(request: ExecutionRequest, defaults: SandboxLimits) -> dict[s
         raise ValueError(f"language is {request.language!r}, expected 'python'")
     if not isinstance(request.code, str):
         raise TypeError(f"code is {type(request.code).__name__}, expected str")
-    timeout_s = defaults.timeout_s if request.timeout_s is None else request.timeout_s
-    default_cpu_s = timeout_s if defaults.cpu_s is None else defaults.cpu_s
     limits = {
-        "timeout_s": timeout_s,
-        "cpu_s": default_cpu_s if request.cpu_s is None else request.cpu_s,
-        "memory_bytes": request.memory_bytes or defaults.memory_bytes,
-        "max_output_bytes": request.max_output_bytes or defaults.max_output_bytes,
-        "max_processes": request.max_processes or defaults.max_processes,
+        name: getattr(defaults if getattr(request, name) is None else request, name)
+        for name in ("timeout_s", "cpu_s", "memory_bytes", "max_output_bytes", "max_processes")
     }
+    if limits["cpu_s"] is None:
+        limits["cpu_s"] = limits["timeout_s"]
     _check_limits(**limits)
     stdin = request.stdin
     payload = (request.code, _checked_files(request), _checked_env(request))
