@@ -127,7 +127,8 @@ def save(
     """Write weights (float16), tokenizer and recipe to ``output``, which is made if missing."""
     output.mkdir(parents=True, exist_ok=True)
     # Halves on disk, but loaded with dtype="auto" it computes in float32: CPUs are slow at halves.
-    state = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    # Copies are no longer seen to be tied, so the output head is left out by name.
+    state = {n: t.half() for n, t in model.state_dict().items() if n != "lm_head.weight"}
     model.save_pretrained(output, state_dict=state)
     tokenizer.save_pretrained(output)
     if recipe.resolve() != (output / RECIPE_FILE).resolve():
