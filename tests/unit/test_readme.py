@@ -22,8 +22,9 @@ def _script(name):
 
 
 def _example() -> str:
-    (code,) = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return code
+    found = re.search(r"^## Example\n\n```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1]
 
 
 def test_quick_start_is_two_commands_on_the_first_screen():
