@@ -1,0 +1,143 @@
+"""What both modes of the rollout benchmark run on: engine, sandbox, tokenizer, limits."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from subprocess_sandbox import SubprocessSandbox
+
+from thor_fast.engines.base import Engine
+from thor_fast.errors import ConfigError
+from thor_fast.rollout.limits import RolloutLimits
+from thor_fast.sandbox.base import Sandbox
+from thor_fast.synthetic import Task, tiny_policy_path
+
+__all__ = ["Setup", "build", "first_line"]
+
+# THOR's max_interaction_round.
+_MAX_TOOL_CALLS = 5
+# For a model that was not trained on the synthetic tasks and has a chat template.
+_INSTRUCTION = (
+    "{} Compute with Python: write a ```python block, its output will be shown to you. "
+    "Put the final answer in \\boxed{{}}."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Everything a run needs but the choice of mode."""
+
+    engine: Engine
+    sandbox: Sandbox
+    tokenizer: Any
+    limits: RolloutLimits
+    eos_token_ids: frozenset[int]
+    seed: int
+
+    def prompt(self, task: Task) -> str:
+        """The prompt as text, in the model's chat template if it has one."""
+        return _prompt(self.tokenizer, task)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, or of a prompt and what follows it, as text."""
+        return _encode(self.tokenizer, text)
+
+
+def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
+    """Engine, sandbox, tokenizer. Raises ``ThorError`` for what cannot work, cheap checks first."""
+    path: Path = args.model or tiny_policy_path()
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"--model: no model at {str(path)!r}, expected a folder with config.json")
+    if args.engine == "vllm":
+        vllm_engine = _vllm_engine()
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model: no tokenizer at {str(path)!r}: {first_line(error)}") from error
+    encode = partial(_encode, tokenizer)
+    prompts = [_prompt(tokenizer, task) for task in tasks]
+    longest = max(len(encode(prompt)) for prompt in prompts)
+    if longest >= args.max_context:
+        raise ConfigError(
+            f"--max-context is {args.max_context}, expected more than the longest prompt, {longest}"
+        )
+    sizes = {"max_sequences": args.max_sequences, "max_context": args.max_context}
+    engine: Engine
+    if args.engine == "scripted":
+        from scripted_solutions import scripted_engine
+
+        engine = scripted_engine(tokenizer, tasks, prompts, encode, seed=args.seed, **sizes)
+    elif args.engine == "vllm":
+        engine = vllm_engine.from_pretrained(path, **sizes)
+    else:
+        import torch
+
+        from thor_fast.engines.paged import PagedEngine
+
+        device = "cuda" if torch.cuda.is_available() else None
+        # A core for the event loop and the snippets: on 2 cores both modes are 1.4 times slower
+        # where torch takes both (its threads spin while the sandbox's processes want to run).
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+        engine = PagedEngine.from_pretrained(path, device=device, **sizes)
+    return Setup(
+        engine=engine,
+        sandbox=_sandbox(args.sandbox),
+        tokenizer=tokenizer,
+        limits=RolloutLimits(max_response_tokens=args.max_context, max_tool_calls=_MAX_TOOL_CALLS),
+        eos_token_ids=frozenset({tokenizer.eos_token_id}),
+        seed=args.seed,
+    )
+
+
+def _vllm_engine() -> Any:
+    try:
+        importlib.import_module("vllm")
+    except ImportError as error:
+        raise ConfigError(
+            "--engine vllm: the package vllm is missing, expected pip install 'thor_fast[vllm]'"
+        ) from error
+    try:
+        return importlib.import_module("thor_fast.engines.vllm").VLLMEngine
+    except ImportError as error:
+        raise ConfigError(f"--engine vllm: {error}, expected thor_fast with its engine") from error
+
+
+def _sandbox(name: str) -> Sandbox:
+    if name == "subprocess":
+        return SubprocessSandbox()
+    from thor_fast.sandbox import NativeSandbox
+
+    return NativeSandbox()
+
+
+def first_line(error: Exception) -> str:
+    """Of a message that may have many."""
+    return str(error).strip().partition("\n")[0]
+
+
+def _has_template(tokenizer: Any) -> bool:
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def _prompt(tokenizer: Any, task: Task) -> str:
+    if not _has_template(tokenizer):
+        return task.prompt
+    messages = [{"role": "user", "content": _INSTRUCTION.format(task.question)}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    # A template writes the special tokens into the text already.
+    ids: list[int] = tokenizer(text, add_special_tokens=not _has_template(tokenizer))["input_ids"]
+    return ids

@@ -1,0 +1,243 @@
+"""The main job as a user runs it: from the command line, in a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = BENCHMARKS / "rollout_throughput.py"
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-W", "error", str(SCRIPT), *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=240)
+
+
+def record(path: Path) -> dict[str, Any]:
+    lines = path.read_text().splitlines()
+    assert len(lines) == 1
+    found: dict[str, Any] = json.loads(lines[0])
+    return found
+
+
+@pytest.mark.slow
+def test_default_engine_and_sandbox_in_both_modes(tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "results.jsonl"
+    done = run("--episodes", "12", "--repeats", "2", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
+    lines = done.stdout.splitlines()
+    for progress in ("barrier 1/2: 12 episodes in", "async   2/2: 12 episodes in"):
+        assert any(line.startswith(progress) for line in lines)
+    header = next(i for i, line in enumerate(lines) if line.split() == ["barrier", "async"])
+    names = [line.split("  ")[0] for line in lines[header + 2 :] if not line.startswith(" ")]
+    # The table is the last thing printed, and its last row the ratio.
+    assert names == [
+        "wall time, s",
+        "tokens/s, sampled",
+        "episodes/s",
+        "accuracy",
+        "tool calls",
+        "tool time, s, added up",
+        "engine calls per episode",
+        "prefill tokens per call",
+        "tokens changed by re-tokenising",
+        "speed",
+    ]
+    found = record(output)
+    assert found["schema_version"] == 1
+    assert found["benchmark"] == "rollout_throughput"
+    assert {"time", "commit", "dirty", "host", "versions"} < set(found)
+    assert {"python", "torch", "transformers", "thor_fast"} <= set(found["versions"])
+    assert found["params"]["episodes"] == 12
+    for barrier, ours in zip(found["metrics"]["barrier"], found["metrics"]["async"], strict=True):
+        assert ours["changed_tokens"] == 0
+        assert barrier["tools_hidden_s"] == 0
+        # An opening fence ends a call there, so a block costs two.
+        assert barrier["engine_calls"] == 12 + 2 * barrier["tool_calls"]
+        assert ours["engine_calls"] == 12 + ours["tool_calls"]
+        assert 2 * ours["prefill_tokens"] < barrier["prefill_tokens"]
+        # Seeds, prompts and noise are the same, and this tokenizer's samples survive as text.
+        assert ours["correct"] == barrier["correct"] > 0
+
+
+def test_scripted_engine_is_exact_and_faster_without_the_barrier(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    done = run(
+        "--engine", "scripted", "--episodes", "40", "--repeats", "1", "--output", str(output)
+    )
+    assert done.returncode == 0, done.stderr
+    metrics = record(output)["metrics"]
+    barrier, ours = metrics["barrier"][0], metrics["async"][0]
+    assert barrier["tool_calls"] == ours["tool_calls"]
+    assert barrier["correct"] == ours["correct"]
+    assert barrier["sampled_tokens"] == ours["sampled_tokens"]
+    assert ours["wall_s"] < barrier["wall_s"]
+
+
+def test_one_mode_and_the_subprocess_sandbox(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    done = run(
+        *("--engine", "scripted", "--mode", "async", "--sandbox", "subprocess"),
+        *("--episodes", "6", "--repeats", "1", "--output", str(output)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "barrier" not in done.stdout.replace("0 barrier", "")
+    assert "speed" not in done.stdout
+    assert list(record(output)["metrics"]) == ["async"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--episodes", "0"], "argument --episodes: '0', expected a whole number of at least 1"),
+        (["--repeats", "x"], "argument --repeats: 'x', expected a whole number of at least 1"),
+        (["--engine", "tgi"], "argument --engine: invalid choice: 'tgi'"),
+        (["--sandbox", "docker"], "argument --sandbox: invalid choice: 'docker'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--model", "/no/such/place"], "no model at '/no/such/place', expected a folder with"),
+        (["--max-context", "100000"], "max_context is 100000, expected 2 to 512"),
+        (["--max-context", "4"], "--max-context is 4, expected more than the longest prompt"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("rollout_throughput: error: ")
+    assert message in done.stderr
+
+
+def test_an_engine_whose_package_is_missing_says_what_to_install() -> None:
+    # A None in sys.modules makes the import fail, whether or not vLLM is installed here.
+    code = (
+        "import sys; sys.modules['vllm'] = None; sys.path.insert(0, sys.argv.pop(1)); "
+        "import rollout_throughput; sys.exit(rollout_throughput.main(['--engine', 'vllm']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(BENCHMARKS)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'thor_fast[vllm]'" in done.stderr
+
+
+def test_interrupt_ends_it_quietly(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("--episodes", "5000", "--output", str(tmp_path / "results.jsonl")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(5)  # start-up or rollout, by the speed of the machine: both must end quietly
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_terminal_gets_a_bar(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    arguments = ("--engine", "scripted", "--mode", "async", "--episodes", "6", "--repeats", "1")
+    process = subprocess.Popen(
+        command(*arguments, "--output", str(tmp_path / "r.jsonl")),
+        stdout=theirs,
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"},
+    )
+    os.close(theirs)
+    shown = b""
+    while chunk := _read(ours):
+        shown += chunk
+    assert process.wait(timeout=60) == 0
+    os.close(ours)
+    assert "━".encode() in shown
+    assert b"6/6" in shown
+    assert shown.rstrip().splitlines()[-1].startswith(b"tokens changed by re-tokenising")
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # Linux reports the closed other end this way
+        return b""
+
+
+def test_barrier_counts_tokens_that_text_does_not_give_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from thor_fast.tools.token_text import TokenBytes
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from barrier_rollout import TextEpisode, changed_tokens
+
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "c": 3}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokens = TokenBytes(tokenizer)
+    # Sampled "a" "b" "c" behind the prompt "c"; the text comes back as "ab" "c".
+    episode = TextEpisode("c", n_prompt=1, seed=0, response="abc", sampled=[(1, 0), (2, 1), (3, 3)])
+    assert changed_tokens(tokenizer.encode, tokens, episode) == 2
+    same = TextEpisode("c", n_prompt=1, seed=0, response="abc", sampled=[(1, 2), (3, 3)])
+    assert changed_tokens(tokenizer.encode, tokens, same) == 0
+
+
+async def test_subprocess_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from subprocess_sandbox import SubprocessSandbox
+
+    from thor_fast.errors import SandboxError
+    from thor_fast.sandbox.base import Sandbox
+    from thor_fast.types import ExecutionRequest, Status
+
+    with SubprocessSandbox() as sandbox:
+        assert isinstance(sandbox, Sandbox)
+        good, silent, wrong, coded, late = sandbox.execute_batch(
+            [
+                ExecutionRequest(
+                    "print(input(), open('d/x').read())", stdin="hi", files={"d/x": b"1"}
+                ),
+                "x = 1",
+                "1 / 0",
+                "raise SystemExit(3)",
+                ExecutionRequest("while True: pass", timeout_s=0.2),
+            ]
+        )
+        assert (good.status, good.stdout) == (Status.OK, "hi 1\n")
+        assert silent.passed
+        assert wrong.status is Status.ERROR
+        assert wrong.stderr.endswith("ZeroDivisionError: division by zero\n")
+        assert (coded.status, coded.exit_code) == (Status.ERROR, 3)
+        assert late.status is Status.TIMEOUT
+        loud = await sandbox.submit(ExecutionRequest("print('x' * 5000)", max_output_bytes=100))
+        assert (loud.status, len(loud.stdout), loud.truncated) == (Status.OUTPUT, 100, True)
+        endless = asyncio.create_task(sandbox.submit("while True: pass"))
+        await asyncio.sleep(0.2)
+        endless.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await endless
+    with pytest.raises(SandboxError, match="closed"):
+        sandbox.execute("1")
