@@ -1,4 +1,4 @@
-"""Types of the extension module; the code is in ``csrc/bindings``."""
+# Types of the extension module; the code is in csrc/bindings.
 
 from typing import TypeAlias
 
@@ -19,7 +19,7 @@ Completion: TypeAlias = tuple[
 ]
 
 class StartError(RuntimeError): ...
-class QueueFull(RuntimeError): ...
+class QueueFullError(RuntimeError): ...
 
 class CompletionQueue:
     def __init__(self) -> None: ...

@@ -80,7 +80,7 @@ py::dict stats(const Orchestrator& self) {
 
 void register_orchestrator(py::module_& m) {
   py::register_exception<StartError>(m, "StartError", PyExc_RuntimeError);
-  py::register_exception<QueueFull>(m, "QueueFull", PyExc_RuntimeError);
+  py::register_exception<QueueFull>(m, "QueueFullError", PyExc_RuntimeError);
 
   py::class_<CompletionQueue, std::shared_ptr<CompletionQueue>>(m, "CompletionQueue")
       .def(py::init<>())

@@ -277,7 +277,7 @@ print("ready", flush=True)
 )
 def test_nothing_outlives_the_owner(ending: str, kill: signal.Signals | None) -> None:
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER.format(ending=ending)],
+        [sys.executable, "-P", "-c", OWNER.format(ending=ending)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
@@ -296,7 +296,7 @@ def test_a_fork_that_outlives_the_owner_keeps_nothing_alive() -> None:
     """The fork holds a copy of every descriptor, the zygote's control socket among them."""
     ending = "import os\nif os.fork() == 0: time.sleep(30)\ntime.sleep(600)"
     with subprocess.Popen(
-        [sys.executable, "-c", OWNER.format(ending=ending)],
+        [sys.executable, "-P", "-c", OWNER.format(ending=ending)],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,

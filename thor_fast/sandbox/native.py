@@ -151,7 +151,7 @@ class NativeSandbox:
             request = ExecutionRequest(request)
         try:
             return self._orchestrator.submit(sink, **encode_request(request, self._limits))
-        except (_core.QueueFull, _core.StartError) as error:
+        except (_core.QueueFullError, _core.StartError) as error:
             raise SandboxError(str(error)) from None
 
     def _loop_sink(self, loop: asyncio.AbstractEventLoop) -> _LoopSink:
