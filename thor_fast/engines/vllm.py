@@ -57,7 +57,7 @@ class _Session:
 
 
 class VLLMEngine:
-    """``Engine`` over vLLM >= 0.32 (V1); see :mod:`thor_fast.engines.base` for the contract.
+    """``Engine`` over vLLM (V1; tested: 0.32); see :mod:`thor_fast.engines.base` for the contract.
 
     - **Log-probs** are vLLM's ``processed_logprobs``: after temperature, as the contract says, and
       at temperature 1 for greedy calls. vLLM takes them *after* top-k and top-p, renormalised over
@@ -135,13 +135,10 @@ class VLLMEngine:
         }
         if taken := sorted(ours.keys() & engine_args.keys()):
             raise EngineError(f"engine_args sets {taken[0]}, expected none of {sorted(ours)}")
-        import_vllm("vllm")
-        try:
-            llm = start({**ours, **engine_args}, max_sequences)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise EngineError(f"vLLM does not start on {str(path)!r}: {reason}") from error
-        return cls(llm, max_sequences=max_sequences, max_context=max_context)
+        # No local name for it: vLLM keeps frames of its start, and it would never be freed.
+        return cls(
+            start({**ours, **engine_args}), max_sequences=max_sequences, max_context=max_context
+        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -246,6 +243,8 @@ class VLLMEngine:
         await asyncio.to_thread(self._llm.shutdown, timeout=_SHUTDOWN_S)
         # Calls that were on their way to vLLM when the first ones were ended.
         await self._end(*sessions.values(), reason="the engine is closed")
+        # Held until the interpreter exits, its destructor would complain then.
+        self._llm = None
 
     def _check(self, request: GenerateRequest) -> None:
         if self._closed:

@@ -32,18 +32,35 @@ def saved_dtype(path: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
 
-def start(args: dict[str, Any], max_sequences: int) -> Any:
-    """An ``AsyncLLM``; on a CPU, with a KV pool for ``max_sequences`` full contexts."""
-    arg_utils = import_vllm("vllm.engine.arg_utils")
-    async_llm = import_vllm("vllm.v1.engine.async_llm")
-    config = arg_utils.AsyncEngineArgs(**args).create_engine_config()
-    cache, model = config.cache_config, config.model_config
-    on_cpu = import_vllm("vllm.platforms").current_platform.is_cpu()
-    # vLLM would take 92 % of the machine's memory, and fail if somebody else has any of it.
-    if on_cpu and cache.kv_cache_memory_bytes is None:
-        heads = model.get_num_kv_heads(config.parallel_config)
-        layers = model.get_num_layers(config.parallel_config)
-        token_bytes = 2 * layers * heads * model.get_head_size() * model.dtype.itemsize
-        blocks = max_sequences * math.ceil(model.max_model_len / cache.block_size) + 1
-        cache.kv_cache_memory_bytes = blocks * cache.block_size * token_bytes
-    return async_llm.AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+def start(args: dict[str, Any]) -> Any:
+    """An ``AsyncLLM`` with these ``AsyncEngineArgs``; ``EngineError`` where vLLM does not start.
+
+    On a CPU its KV pool has room for ``max_num_seqs`` sequences of ``max_model_len`` tokens, unless
+    its size is given.
+    """
+    import_vllm("vllm")
+    try:
+        config = import_vllm("vllm.engine.arg_utils").AsyncEngineArgs(**args).create_engine_config()
+        cache = config.cache_config
+        # vLLM would take 92 % of the machine's memory, and fail if somebody else has any of it.
+        if (
+            import_vllm("vllm.platforms").current_platform.is_cpu()
+            and cache.kv_cache_memory_bytes is None
+        ):
+            cache.kv_cache_memory_bytes = _pool_bytes(config)
+        async_llm = import_vllm("vllm.v1.engine.async_llm").AsyncLLM
+        return async_llm.from_vllm_config(config, disable_log_stats=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise EngineError(f"vLLM does not start on {args['model']!r}: {reason}") from error
+
+
+def _pool_bytes(config: Any) -> int:
+    """KV of as many full contexts as there are sequences, and of vLLM's placeholder block."""
+    model, block_size = config.model_config, config.cache_config.block_size
+    heads = model.get_num_kv_heads(config.parallel_config)
+    layers = model.get_num_layers(config.parallel_config)
+    token_bytes = 2 * layers * heads * model.get_head_size() * model.dtype.itemsize
+    per_sequence = math.ceil(model.max_model_len / block_size)
+    n_blocks = config.scheduler_config.max_num_seqs * per_sequence + 1
+    return int(n_blocks * block_size * token_bytes)
