@@ -232,7 +232,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--episodes", type=_count, default=256, help="one task each; default: 256")
     add("--repeats", type=_count, default=3, help="runs of each mode; default: 3")
     add("--seed", type=int, default=0, help="of the sampling noise; default: 0")
-    add("--max-sequences", type=_count, default=32, help="live at a time; default: 32")
+    add("--max-sequences", type=_count, default=64, help="live at a time; default: 64")
     add("--max-context", type=_count, default=512, help="tokens per sequence; default: 512")
     add("--output", type=Path, default=RESULTS, help="JSON lines; default: benchmarks/results/")
     return parser.parse_args(argv)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import TypeVar, cast
@@ -73,6 +74,8 @@ class PagedEngine:
         self._max_sequences, self._max_context = max_sequences, max_context
         self._weight_version = 0
         self._steps = StepLoop(model, cache)
+        # At interpreter exit, too: a thread killed inside a torch kernel aborts the process.
+        weakref.finalize(self, _stop, self._steps)
 
     @classmethod
     def from_pretrained(
@@ -166,8 +169,7 @@ class PagedEngine:
         self._weight_version = version
 
     async def aclose(self) -> None:
-        self._steps.stop("the engine is closed")
-        await asyncio.to_thread(self._steps.join)
+        await asyncio.to_thread(_stop, self._steps)
 
     def _check(self, request: GenerateRequest) -> None:
         length = len(request.token_ids)
@@ -206,3 +208,8 @@ class PagedEngine:
 
         self._steps.post(run)
         return await answer
+
+
+def _stop(steps: StepLoop) -> None:
+    steps.stop("the engine is closed")
+    steps.join()

@@ -33,11 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineCounters", "StepLoop"]
 
-# What a step may prefill. Decoding sequences wait for it: 512 tokens take the tiny policy 40 ms on
-# one core and an 8B model on a data-centre GPU about as long; larger chunks gain nothing there.
+# What a step may prefill. Decoding sequences wait for it: 512 tokens take the tiny policy 18 ms on
+# one core, where a step that only decodes takes 4 to 8.
 _PREFILL_TOKENS = 512
-# Tokens are handed over in chunks: waking a coroutine per token per sequence costs the event loop
-# more CPU than the engine's own Python (and both share the GIL).
+# Tokens are handed over in chunks: the event loop shares the GIL with the steps. Measured with the
+# tiny policy on one core, 1 token per chunk: 457, 2550 and 6123 tokens/s for 1, 8 and 32
+# sequences; 16: 532, 3098 and 6758 (transformers' generate: 487, 2296 and 5281).
 _CHUNK_TOKENS = 16
 
 
@@ -114,7 +115,9 @@ class StepLoop:
 
     def join(self) -> None:
         """Wait until the thread has ended."""
-        self._thread.join()
+        # A garbage collection may run on the thread itself and end up here.
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     # Everything below runs on the engine's thread.
 

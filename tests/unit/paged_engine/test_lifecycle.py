@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,3 +354,35 @@ def test_a_missing_or_broken_model_is_one_line(tmp_path: Path) -> None:
         PagedEngine.from_pretrained(tmp_path, **sizes)
     for error in (missing, broken):
         assert "\n" not in str(error.value)
+
+
+def test_an_engine_that_is_dropped_or_left_open_ends_cleanly() -> None:
+    """Dropped: its thread goes. Left generating at exit: the process ends, and not by abort()."""
+    code = """
+import asyncio, gc, sys, threading
+from transformers import LlamaConfig, LlamaForCausalLM
+from thor_fast.engines.base import GenerateRequest
+from thor_fast.engines.paged import PagedEngine
+
+sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+             num_attention_heads=2, max_position_embeddings=4096)
+model = LlamaForCausalLM(LlamaConfig(**sizes))
+dropped = PagedEngine(model, max_sequences=2, max_context=64)
+del dropped
+gc.collect()
+assert [t.name for t in threading.enumerate()] == ["MainThread"]
+engine = PagedEngine(model, max_sequences=8, max_context=4096)
+
+async def main():
+    streams = [engine.generate(GenerateRequest((1, 2), str(i), 4000)) for i in range(8)]
+    await asyncio.gather(*[anext(s) for s in streams])
+
+asyncio.new_event_loop().run_until_complete(main())
+assert engine.counters.decode_tokens < 8 * 4000
+sys.exit(5)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert run.returncode == 5, run.stderr
+    assert "terminate" not in run.stderr
