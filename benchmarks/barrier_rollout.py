@@ -16,11 +16,19 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from typing import cast
 
-from thor_fast.engines.base import Engine, FinishReason, GenerateRequest, SamplingParams
+from thor_fast.engines.base import (
+    Engine,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    TokenChunk,
+)
 from thor_fast.errors import SandboxError
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.sandbox.base import Sandbox
@@ -108,6 +116,20 @@ async def barrier_rollout(
     return episodes
 
 
+class _FenceWatch:
+    """True from the token on that completes a fence."""
+
+    def __init__(self, tokens: TokenBytes) -> None:
+        self._tokens = tokens
+        self._text = b""
+        self.found = False
+
+    def __call__(self, token_id: int) -> bool:
+        self._text = self._text[1 - len(_FENCE) :] + self._tokens[token_id]
+        self.found = _FENCE in self._text
+        return self.found
+
+
 async def _generate(setting: _Setting, episode: TextEpisode, session: str) -> None:
     """Continue one sequence, from text to text, until a fence or its end."""
     ids = tuple(setting.encode(episode.text))
@@ -118,32 +140,34 @@ async def _generate(setting: _Setting, episode: TextEpisode, session: str) -> No
     if room < 1:
         episode.done = True
         return
-    text = bytearray()
-
-    def fence(token_id: int) -> bool:
-        text.extend(setting.tokens[token_id])
-        return _FENCE in text
-
     request = GenerateRequest(
         ids,
         session,
         room,
         setting.eos_token_ids,
         replace(setting.sampling, seed=episode.seed),
-        watch=fence,
+        watch=_FenceWatch(setting.tokens),
     )
+    # Not every engine can ask ``watch``, so the stream is read with a second pair of eyes.
+    fence = _FenceWatch(setting.tokens)
     sampled: list[int] = []
     finish = None
-    async with setting.slots:
-        async for chunk in setting.engine.generate(request):
-            sampled += chunk.token_ids
+    stream = cast(AsyncGenerator[TokenChunk], setting.engine.generate(request))
+    async with setting.slots, aclosing(stream):
+        async for chunk in stream:
+            for token_id in chunk.token_ids:
+                sampled.append(token_id)
+                if fence(token_id):
+                    break
             finish = chunk.finish
-        # A request of its own per round: nothing of it is kept for the next.
-        await setting.engine.release(session)
-    if finish is FinishReason.STOP:
+            if fence.found:
+                break
+    # A request of its own per round: nothing of it is kept for the next.
+    await setting.engine.release(session)
+    if finish is FinishReason.STOP and not fence.found:
         sampled.pop()
     _append(setting, episode, ids, sampled)
-    episode.done = finish is not FinishReason.WATCH
+    episode.done = not fence.found
 
 
 def _append(

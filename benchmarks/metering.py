@@ -77,6 +77,13 @@ class Meter:
             else:
                 self.prefill_tokens += chunk.prefill_tokens
 
+    def dropped(self, session: str, at_token: int) -> None:
+        """The caller threw away what was sampled from position ``at_token`` on."""
+        sampled = self.sampled.get(session, [])
+        kept = [pair for pair in sampled if pair[0] < at_token]
+        self.sampled_tokens -= len(sampled) - len(kept)
+        self.sampled[session] = kept
+
     def _change(self, decoding: int, tools: int) -> None:
         with self._lock:
             now = time.perf_counter()
@@ -122,6 +129,7 @@ class MeteredEngine:
         return await self._engine.fork(session, n, at_token)
 
     async def truncate(self, session: str, at_token: int) -> None:
+        self._meter.dropped(session, at_token)
         await self._engine.truncate(session, at_token)
 
     async def release(self, session: str) -> None:

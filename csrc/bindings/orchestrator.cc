@@ -1,4 +1,5 @@
-// Orchestrator and CompletionQueue for Python. Every call that can wait drops the GIL.
+// Orchestrator and CompletionQueue for Python. Calls that wait drop the GIL, calls that
+// only take a short lock keep it.
 #include "thor/orchestrator.h"
 
 #include <pybind11/pybind11.h>
@@ -61,7 +62,7 @@ std::uint64_t submit(Orchestrator& self, const std::shared_ptr<CompletionQueue>&
                              .memory_bytes = memory_bytes,
                              .max_output_bytes = max_output_bytes,
                              .max_processes = max_processes}};
-  const py::gil_scoped_release unlocked;
+  // Does not wait, so keeps the GIL: getting it back from a busy thread can take milliseconds.
   return self.submit(std::move(request), sink);
 }
 
@@ -85,15 +86,7 @@ void register_orchestrator(py::module_& m) {
   py::class_<CompletionQueue, std::shared_ptr<CompletionQueue>>(m, "CompletionQueue")
       .def(py::init<>())
       .def("event_fd", &CompletionQueue::event_fd)
-      .def("drain",
-           [](CompletionQueue& self) {
-             std::vector<Completion> done;
-             {
-               const py::gil_scoped_release unlocked;
-               done = self.drain();
-             }
-             return to_python(done);
-           })
+      .def("drain", [](CompletionQueue& self) { return to_python(self.drain()); })
       .def(
           "wait",
           [](CompletionQueue& self, int timeout_ms) {
@@ -123,8 +116,7 @@ void register_orchestrator(py::module_& m) {
       .def("submit", &submit, py::arg("sink"), py::kw_only(), py::arg("payload"),
            py::arg("stdin_data"), py::arg("timeout_s"), py::arg("cpu_s"), py::arg("memory_bytes"),
            py::arg("max_output_bytes"), py::arg("max_processes"))
-      .def("cancel", &Orchestrator::cancel, py::arg("ticket"),
-           py::call_guard<py::gil_scoped_release>())
+      .def("cancel", &Orchestrator::cancel, py::arg("ticket"))
       .def("stats", &stats)
       .def("close", &Orchestrator::close, py::call_guard<py::gil_scoped_release>());
 }

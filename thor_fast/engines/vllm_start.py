@@ -39,14 +39,17 @@ def start(args: dict[str, Any]) -> Any:
     its size is given.
     """
     import_vllm("vllm")
+    on_cpu = import_vllm("vllm.platforms").current_platform.is_cpu()
+    if on_cpu:
+        # A seeded request whose prefill is cut in two makes vLLM 0.32 wind back its generator,
+        # which a CPU generator cannot do: the engine core dies. So none is cut.
+        args = {"max_num_batched_tokens": max(2048, args["max_model_len"]), **args}
+        args["enable_chunked_prefill"] = False
     try:
         config = import_vllm("vllm.engine.arg_utils").AsyncEngineArgs(**args).create_engine_config()
         cache = config.cache_config
         # vLLM would take 92 % of the machine's memory, and fail if somebody else has any of it.
-        if (
-            import_vllm("vllm.platforms").current_platform.is_cpu()
-            and cache.kv_cache_memory_bytes is None
-        ):
+        if on_cpu and cache.kv_cache_memory_bytes is None:
             cache.kv_cache_memory_bytes = _pool_bytes(config)
         async_llm = import_vllm("vllm.v1.engine.async_llm").AsyncLLM
         return async_llm.from_vllm_config(config, disable_log_stats=True)
