@@ -5,22 +5,21 @@
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <condition_variable>
-#include <deque>
-#include <functional>
+#include <future>
 #include <mutex>
 #include <optional>
 #include <system_error>
 #include <thread>
 #include <utility>
 
+#include "core/handover.h"
+#include "core/job_queue.h"
 #include "core/slot.h"
 #include "core/spawn.h"
 #include "util/pidfd.h"
@@ -51,54 +50,29 @@ bool wait_readable(int fd, std::chrono::milliseconds timeout) {
   return ::poll(&wait, 1, static_cast<int>(timeout.count())) > 0;
 }
 
-// Sealed, because the snippet could otherwise grow it: memory that no limit counts.
-UniqueFd memory_file(const std::string& data) {
-  UniqueFd fd(::memfd_create("thor-input", MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (!fd) throw system_failure("memfd_create");
-  std::size_t done = 0;
-  while (done < data.size()) {
-    const ssize_t n = ::write(fd.get(), data.data() + done, data.size() - done);
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) throw system_failure("writing a memfd");
-    done += static_cast<std::size_t>(n);
-  }
-  constexpr int kSeals = F_SEAL_WRITE | F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL;
-  if (::lseek(fd.get(), 0, SEEK_SET) != 0 || ::fcntl(fd.get(), F_ADD_SEALS, kSeals) != 0) {
-    throw system_failure("sealing a memfd");
-  }
-  return fd;
-}
-
-std::pair<UniqueFd, UniqueFd> output_pipe() {
-  std::array<int, 2> ends{};
-  if (::pipe2(ends.data(), O_CLOEXEC) != 0) throw system_failure("pipe2");
-  UniqueFd read_end(ends[0]);
-  UniqueFd write_end(ends[1]);
-  if (::fcntl(read_end.get(), F_SETFL, O_NONBLOCK) != 0) throw system_failure("fcntl");
-  return {std::move(read_end), std::move(write_end)};
-}
-
 }  // namespace
 
-// Everything below `shared` is touched by the orchestrator's thread only.
+// The thread and all that only it touches; what callers share with it is in `jobs_`.
 class Orchestrator::Impl {
  public:
   explicit Impl(OrchestratorConfig config)
-      : config_(std::move(config)), slots_(config_.slots), deadlines_(config_.slots) {
+      : config_(std::move(config)),
+        jobs_(config_.queue_capacity),
+        slots_(config_.slots),
+        deadlines_(config_.slots) {
     if (config_.argv.empty()) throw StartError("argv is empty, expected an interpreter to start");
     if (config_.slots == 0) throw StartError("slots is 0, expected at least 1");
     epoll_.reset(::epoll_create1(EPOLL_CLOEXEC));
     wake_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     if (!epoll_ || !wake_) throw StartError(system_failure("epoll or eventfd").what());
     watch(wake_.get(), tag(Source::kWake));
-    thread_ = std::thread([this] { run(); });
-    std::unique_lock lock(mutex_);
-    started_.wait(lock, [this] { return state_ != State::kStarting; });
-    if (state_ == State::kServing) return;
-    const std::string reason = broken_reason_;
-    lock.unlock();
+    std::promise<void> started;
+    std::future<void> starting = started.get_future();
+    thread_ = std::thread([this, &started] { run(&started); });
+    starting.wait();
+    if (jobs_.state() == JobQueue::State::kServing) return;
     thread_.join();
-    throw StartError(reason);
+    throw StartError(jobs_.reason());
   }
 
   ~Impl() { close(); }
@@ -106,46 +80,31 @@ class Orchestrator::Impl {
   Impl& operator=(const Impl&) = delete;
 
   std::uint64_t submit(Request request, std::shared_ptr<CompletionQueue> sink) {
-    const std::lock_guard lock(mutex_);
-    if (state_ == State::kClosed) throw std::logic_error("the sandbox is closed");
-    if (state_ == State::kBroken) throw StartError(broken_reason_);
-    if (queue_.size() >= config_.queue_capacity) {
-      throw QueueFull("the queue holds " + std::to_string(queue_.size()) +
-                      " requests, its capacity");
-    }
-    const std::uint64_t ticket = ++next_ticket_;
-    queue_.push_back({ticket, std::move(request), std::move(sink)});
-    ++stats_.submitted;
+    const std::uint64_t ticket = jobs_.submit(std::move(request), std::move(sink));
     wake();
     return ticket;
   }
 
   void cancel(std::uint64_t ticket) {
-    const std::lock_guard lock(mutex_);
-    cancelled_.push_back(ticket);
+    jobs_.cancel(ticket);
     wake();
   }
 
-  OrchestratorStats stats() {
-    const std::lock_guard lock(mutex_);
-    OrchestratorStats out = stats_;
-    out.queued = queue_.size();
-    return out;
-  }
+  [[nodiscard]] OrchestratorStats stats() const { return jobs_.stats(); }
 
   void close() {
-    {
-      const std::lock_guard lock(mutex_);
-      state_ = State::kClosed;
-      wake();
+    if (::getpid() != owner_) {
+      // In a fork: the thread is not here to be joined, and what it owns is our parent's.
+      if (thread_.joinable()) thread_.detach();
+      return;
     }
+    jobs_.set_state(JobQueue::State::kClosed);
+    wake();
     const std::lock_guard joining(join_mutex_);
     if (thread_.joinable()) thread_.join();
   }
 
  private:
-  enum class State : std::uint8_t { kStarting, kServing, kBroken, kClosed };
-
   void wake() { ::eventfd_write(wake_.get(), 1); }
 
   void watch(int fd, std::uint64_t about) {
@@ -155,37 +114,22 @@ class Orchestrator::Impl {
     }
   }
 
-  void run() {
+  void run(std::promise<void>* started) {
     std::string reason;
     if (start_zygote(&reason)) {
-      set_state(State::kServing, "");
-      while (!closed()) step();
+      jobs_.set_state(JobQueue::State::kServing);
     } else {
-      set_state(State::kBroken, reason);
+      jobs_.set_state(JobQueue::State::kBroken, reason);
     }
+    started->set_value();
+    while (serving()) step();
     stop_zygote();
-    fail_everything(ending());
+    reason = jobs_.reason();
+    fail_everything(reason.empty() ? "the sandbox was closed" : reason);
   }
 
-  bool closed() {
-    const std::lock_guard lock(mutex_);
-    return state_ == State::kClosed || state_ == State::kBroken;
-  }
-
-  std::string ending() {
-    const std::lock_guard lock(mutex_);
-    return broken_reason_.empty() ? "the sandbox was closed" : broken_reason_;
-  }
-
-  void set_state(State state, const std::string& reason) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (state_ == State::kClosed) return;
-      state_ = state;
-      broken_reason_ = reason;
-    }
-    started_.notify_all();
-  }
+  [[nodiscard]] bool serving() const { return jobs_.state() == JobQueue::State::kServing; }
+  [[nodiscard]] bool closed() const { return jobs_.state() == JobQueue::State::kClosed; }
 
   // --- one turn of the loop ---------------------------------------------------------------------
 
@@ -273,39 +217,17 @@ class Orchestrator::Impl {
   void finish(std::size_t index, Result result) {
     const std::optional<Slot> slot = std::exchange(slots_[index], std::nullopt);
     deadlines_.clear(index);
-    {
-      const std::lock_guard lock(mutex_);
-      --stats_.running;
-    }
-    answer(slot->job, std::move(result));
-  }
-
-  void answer(const Job& job, Result result) {
-    {
-      const std::lock_guard lock(mutex_);
-      ++stats_.completed;
-    }
-    job.sink->push({job.ticket, std::move(result)});
+    jobs_.answer(slot->job, std::move(result), true);
   }
 
   // --- the queue --------------------------------------------------------------------------------
 
   void cancel_requested() {
-    std::vector<std::uint64_t> tickets;
-    std::vector<Job> dropped;
-    {
-      const std::lock_guard lock(mutex_);
-      tickets.swap(cancelled_);
-      for (const std::uint64_t ticket : tickets) {
-        const auto it = std::find_if(queue_.begin(), queue_.end(),
-                                     [ticket](const Job& job) { return job.ticket == ticket; });
-        if (it == queue_.end()) continue;
-        dropped.push_back(std::move(*it));
-        queue_.erase(it);
-      }
+    const JobQueue::Cancellations cancelled = jobs_.take_cancellations();
+    for (const Job& job : cancelled.waiting) {
+      jobs_.answer(job, infra("cancelled by the caller"), false);
     }
-    for (const Job& job : dropped) answer(job, infra("cancelled by the caller"));
-    for (const std::uint64_t ticket : tickets) {
+    for (const std::uint64_t ticket : cancelled.others) {
       for (std::size_t i = 0; i < slots_.size(); ++i) {
         if (slots_[i] && slots_[i]->job.ticket == ticket) kill(i, KillReason::kCancelled);
       }
@@ -315,7 +237,7 @@ class Orchestrator::Impl {
   void start_queued() {
     for (std::size_t i = 0; i < slots_.size(); ++i) {
       if (slots_[i]) continue;
-      std::optional<Job> job = next_job();
+      std::optional<Job> job = jobs_.next();
       if (!job) return;
       try {
         start(i, std::move(*job));
@@ -325,26 +247,17 @@ class Orchestrator::Impl {
     }
   }
 
-  std::optional<Job> next_job() {
-    const std::lock_guard lock(mutex_);
-    if (queue_.empty()) return std::nullopt;
-    Job job = std::move(queue_.front());
-    queue_.pop_front();
-    ++stats_.running;
-    return job;
-  }
-
   void start(std::size_t index, Job job) {
     Slot& slot = slots_[index].emplace(std::move(job));
     const Request& request = slot.job.request;
-    const UniqueFd payload = memory_file(request.payload);
+    const UniqueFd payload = input_file(request.payload);
     const UniqueFd input = request.stdin_data.empty()
                                ? UniqueFd(::open("/dev/null", O_RDONLY | O_CLOEXEC))
-                               : memory_file(request.stdin_data);
-    auto [stdout_read, stdout_write] = output_pipe();
-    auto [stderr_read, stderr_write] = output_pipe();
-    slot.stdout_read = std::move(stdout_read);
-    slot.stderr_read = std::move(stderr_read);
+                               : input_file(request.stdin_data);
+    OutputPipe standard_output = output_pipe();
+    OutputPipe standard_error = output_pipe();
+    slot.stdout_read = std::move(standard_output.read_end);
+    slot.stderr_read = std::move(standard_error.read_end);
     watch(slot.stdout_read.get(), tag(Source::kStdout, index));
     watch(slot.stderr_read.get(), tag(Source::kStderr, index));
     // Until the zygote answers, this watches the zygote itself.
@@ -352,8 +265,8 @@ class Orchestrator::Impl {
     const Message run{.kind = MessageKind::kRun,
                       .slot = static_cast<std::uint32_t>(index),
                       .limits = request.limits};
-    const std::array<int, 4> fds{payload.get(), input.get(), stdout_write.get(),
-                                 stderr_write.get()};
+    const std::array<int, 4> fds{payload.get(), input.get(), standard_output.write_end.get(),
+                                 standard_error.write_end.get()};
     if (!send_message(zygote_.control.get(), run, fds)) {
       if (errno == EPIPE || errno == ECONNRESET) return;  // its death is reported by the socket
       throw system_failure("sending to the zygote");
@@ -371,8 +284,7 @@ class Orchestrator::Impl {
       *reason = std::string("the sandbox's zygote could not be started: ") + e.what();
       return false;
     }
-    const std::lock_guard lock(mutex_);
-    ++stats_.zygote_starts;
+    jobs_.count_zygote_start();
     return true;
   }
 
@@ -420,36 +332,25 @@ class Orchestrator::Impl {
       if (closed() || start_zygote(&reason)) return;
       stop_zygote();
     }
-    set_state(State::kBroken, reason.empty() ? why : reason);
+    jobs_.set_state(JobQueue::State::kBroken, reason.empty() ? why : reason);
   }
 
   void fail_everything(const std::string& why) {
     for (std::size_t i = 0; i < slots_.size(); ++i) {
       if (slots_[i]) finish(i, infra(why));
     }
-    std::deque<Job> left;
-    {
-      const std::lock_guard lock(mutex_);
-      left.swap(queue_);
-    }
-    for (const Job& job : left) answer(job, infra(why));
+    for (const Job& job : jobs_.take_all()) jobs_.answer(job, infra(why), false);
   }
 
   const OrchestratorConfig config_;
-  std::thread thread_;
+  const pid_t owner_ = ::getpid();
+  JobQueue jobs_;
   UniqueFd epoll_;
   UniqueFd wake_;
   std::mutex join_mutex_;
+  std::thread thread_;
 
-  std::mutex mutex_;  // guards what follows, up to the blank line
-  std::condition_variable started_;
-  State state_ = State::kStarting;
-  std::string broken_reason_;
-  std::deque<Job> queue_;
-  std::vector<std::uint64_t> cancelled_;
-  std::uint64_t next_ticket_ = 0;
-  OrchestratorStats stats_;
-
+  // The thread's own.
   std::vector<std::optional<Slot>> slots_;
   Deadlines deadlines_;
   Spawned zygote_;

@@ -348,6 +348,24 @@ def test_a_fork_is_told_to_make_its_own(sandbox: NativeSandbox) -> None:
     assert sandbox.execute("print(1)").stdout == "1\n"
 
 
+def test_a_fork_that_drops_its_copy_neither_hangs_nor_harms() -> None:
+    script = """
+import os
+from thor_fast.sandbox import NativeSandbox
+sandbox = NativeSandbox(slots=1)
+pid = os.fork()
+if pid == 0:
+    del sandbox  # deallocated, then an ordinary interpreter exit
+else:
+    assert os.waitpid(pid, 0)[1] == 0
+    print(sandbox.execute("print('parent works')").stdout, end="")
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "parent works\n"), done.stderr
+
+
 # --- waiting -------------------------------------------------------------------------------------
 
 

@@ -136,7 +136,7 @@ def test_a_task_is_a_function_of_its_name(task):
 def test_tasks_are_the_same_in_another_process():
     code = "from thor_fast.synthetic import *; print([t.question for t in task_set(9, seed=5)])"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == f"{[t.question for t in task_set(9, seed=5)]}\n"
 
@@ -185,6 +185,6 @@ def test_wrong_names_and_counts_are_told():
 def test_tasks_need_no_torch():
     code = "import sys, thor_fast.synthetic; print('torch' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout == "False\n"

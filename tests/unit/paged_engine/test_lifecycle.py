@@ -382,7 +382,7 @@ assert engine.counters.decode_tokens < 8 * 4000
 sys.exit(5)
 """
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert run.returncode == 5, run.stderr
     assert "terminate" not in run.stderr
