@@ -129,7 +129,10 @@ def test_an_engine_whose_package_is_missing_says_what_to_install() -> None:
         "import rollout_throughput; sys.exit(rollout_throughput.main(['--engine', 'vllm']))"
     )
     done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(BENCHMARKS)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", code, str(BENCHMARKS)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

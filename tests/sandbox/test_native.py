@@ -361,7 +361,11 @@ else:
     print(sandbox.execute("print('parent works')").stdout, end="")
 """
     done = subprocess.run(
-        [sys.executable, "-P", "-c", script], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-P", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (0, "parent works\n"), done.stderr
 
