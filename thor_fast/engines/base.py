@@ -6,9 +6,11 @@ Text never crosses this line. An engine that holds KV for a session prefills onl
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
+
+from thor_fast.errors import EngineError
 
 __all__ = [
     "Capabilities",
@@ -18,6 +20,7 @@ __all__ = [
     "KVBudget",
     "SamplingParams",
     "TokenChunk",
+    "check_context",
 ]
 
 
@@ -116,6 +119,19 @@ class KVBudget:
     max_tokens: int
     live_sequences: int
     live_tokens: int
+
+
+def check_context(token_ids: Sequence[int], max_context: int, vocab_size: int) -> None:
+    """Raise ``EngineError`` for a context with no room left, or with an id that is no token."""
+    if len(token_ids) >= max_context:
+        raise EngineError(
+            f"the context has {len(token_ids)} tokens, expected at most {max_context - 1} "
+            f"to start with max_context {max_context}"
+        )
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise EngineError(f"token id {wrong} in the context, expected 0 to {vocab_size - 1}")
 
 
 @runtime_checkable

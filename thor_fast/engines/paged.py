@@ -18,7 +18,13 @@ from typing import TypeVar, cast
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from thor_fast.engines.base import Capabilities, GenerateRequest, KVBudget, TokenChunk
+from thor_fast.engines.base import (
+    Capabilities,
+    GenerateRequest,
+    KVBudget,
+    TokenChunk,
+    check_context,
+)
 from thor_fast.engines.slot_cache import SlotCache, probe, shadow
 from thor_fast.engines.step_loop import EngineCounters, StepLoop
 from thor_fast.engines.token_stream import TokenStream
@@ -133,7 +139,7 @@ class PagedEngine:
         Raises ``EngineError`` for a context too long to start, a token id outside the vocabulary,
         a session that is generating already, logits that are not finite, a closed engine.
         """
-        self._check(request)
+        check_context(request.token_ids, self._max_context, self._vocab)
         stream = TokenStream(asyncio.get_running_loop())
         self._steps.post(lambda: self._steps.start(request, stream))
         try:
@@ -170,18 +176,6 @@ class PagedEngine:
 
     async def aclose(self) -> None:
         await asyncio.to_thread(_stop, self._steps)
-
-    def _check(self, request: GenerateRequest) -> None:
-        length = len(request.token_ids)
-        if length >= self._max_context:
-            raise EngineError(
-                f"the context has {length} tokens, expected at most {self._max_context - 1} "
-                f"to start with max_context {self._max_context}"
-            )
-        low, high = min(request.token_ids), max(request.token_ids)
-        if low < 0 or high >= self._vocab:
-            wrong = low if low < 0 else high
-            raise EngineError(f"token id {wrong} in the context, expected 0 to {self._vocab - 1}")
 
     async def _ask(self, command: Callable[[], _T]) -> _T:
         """Run ``command`` on the engine's thread and hand back what it returns or raises."""

@@ -29,6 +29,7 @@ from thor_fast.engines.base import (
     KVBudget,
     SamplingParams,
     TokenChunk,
+    check_context,
 )
 from thor_fast.engines.vllm_start import import_vllm, saved_dtype, start
 from thor_fast.errors import EngineError
@@ -249,16 +250,7 @@ class VLLMEngine:
     def _check(self, request: GenerateRequest) -> None:
         if self._closed:
             raise EngineError("the engine is closed")
-        length = len(request.token_ids)
-        if length >= self._max_context:
-            raise EngineError(
-                f"the context has {length} tokens, expected at most {self._max_context - 1} "
-                f"to start with max_context {self._max_context}"
-            )
-        low, high = min(request.token_ids), max(request.token_ids)
-        if low < 0 or high >= self._vocab:
-            wrong = low if low < 0 else high
-            raise EngineError(f"token id {wrong} in the context, expected 0 to {self._vocab - 1}")
+        check_context(request.token_ids, self._max_context, self._vocab)
         sampling = request.sampling
         if sampling.temperature == 0:
             return
