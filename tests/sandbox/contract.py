@@ -266,11 +266,33 @@ print('main', end=' ')
 
     @pytest.mark.parametrize(
         "limits",
-        [{"timeout_s": 0}, {"timeout_s": float("inf")}, {"cpu_s": -1.0}, {"memory_bytes": 0}],
+        [
+            {"timeout_s": 0},
+            {"timeout_s": float("inf")},
+            {"timeout_s": float("nan")},
+            {"timeout_s": 1e12},
+            {"cpu_s": -1.0},
+            {"memory_bytes": 0},
+            {"max_output_bytes": 2**70},
+        ],
     )
     def test_senseless_limits_are_refused(self, sandbox: Sandbox, limits: dict[str, float]) -> None:
-        with pytest.raises(ValueError, match="expected a finite number > 0"):
+        with pytest.raises(ValueError, match="expected > 0 and at most"):
             sandbox.execute(ExecutionRequest("", **limits))
+
+    @pytest.mark.parametrize(
+        "limits", [{"memory_bytes": 1e9}, {"max_processes": "4"}, {"timeout_s": True}]
+    )
+    def test_limits_of_the_wrong_type_are_refused(
+        self, sandbox: Sandbox, limits: dict[str, object]
+    ) -> None:
+        with pytest.raises(TypeError, match=r"expected a (whole )?number"):
+            sandbox.execute(ExecutionRequest("", **limits))
+
+    def test_files_larger_than_the_working_directory_are_refused(self, sandbox: Sandbox) -> None:
+        request = ExecutionRequest("", files={"a": bytes(20 << 20), "b": bytes(20 << 20)})
+        with pytest.raises(ValueError, match="files hold 41943040 bytes, expected at most"):
+            sandbox.execute(request)
 
     def test_unknown_language_is_refused(self, sandbox: Sandbox) -> None:
         with pytest.raises(ValueError, match="'cobol', expected 'python'"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import marshal
-import math
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,11 @@ __all__ = ["SandboxLimits", "decode_result", "encode_request"]
 
 # The newest format that every supported interpreter reads and writes.
 _MARSHAL_VERSION = 4
+# The core counts nanoseconds and bytes in 64 bits; nobody needs what lies near that.
+_MOST_SECONDS = 10**9
+_MOST_COUNT = 2**50
+# Half of the working directory's tmpfs, which the snippet needs room in too.
+_MOST_FILE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +94,14 @@ def decode_result(done: Completion) -> ExecutionResult:
 
 def _check_limits(**limits: float | None) -> None:
     for name, value in limits.items():
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} is {value}, expected a finite number > 0")
+        if value is None:
+            continue
+        kind, most = ((int, float), _MOST_SECONDS) if name.endswith("_s") else (int, _MOST_COUNT)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            expected = "a whole number" if kind is int else "a number"
+            raise TypeError(f"{name} is {value!r}, expected {expected}")
+        if not 0 < value <= most:
+            raise ValueError(f"{name} is {value}, expected > 0 and at most {most}")
 
 
 def _checked_files(request: ExecutionRequest) -> dict[str, bytes]:
@@ -99,6 +109,9 @@ def _checked_files(request: ExecutionRequest) -> dict[str, bytes]:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
             raise ValueError(f"file name {name!r}, expected a relative path without '..'")
+    total = sum(len(content) for content in request.files.values())
+    if total > _MOST_FILE_BYTES:
+        raise ValueError(f"files hold {total} bytes, expected at most {_MOST_FILE_BYTES}")
     return {name: bytes(content) for name, content in request.files.items()}
 
 
