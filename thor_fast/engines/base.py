@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from thor_fast.errors import EngineError
@@ -21,6 +22,8 @@ __all__ = [
     "SamplingParams",
     "TokenChunk",
     "check_context",
+    "check_model_folder",
+    "check_position",
 ]
 
 
@@ -132,6 +135,20 @@ def check_context(token_ids: Sequence[int], max_context: int, vocab_size: int) -
     if low < 0 or high >= vocab_size:
         wrong = low if low < 0 else high
         raise EngineError(f"token id {wrong} in the context, expected 0 to {vocab_size - 1}")
+
+
+def check_position(session: str, at_token: int, length: int) -> None:
+    """Raise ``EngineError`` unless ``at_token`` lies in the ``length`` tokens of ``session``."""
+    if not 0 <= at_token <= length:
+        raise EngineError(
+            f"at_token is {at_token}, expected 0 to {length}, the tokens of session {session!r}"
+        )
+
+
+def check_model_folder(path: str | Path) -> None:
+    """Raise ``EngineError`` unless there is a saved model at ``path``."""
+    if not (Path(path) / "config.json").is_file():
+        raise EngineError(f"no model at {str(path)!r}, expected a folder with a config.json")
 
 
 @runtime_checkable

@@ -24,6 +24,7 @@ from thor_fast.engines.base import (
     KVBudget,
     TokenChunk,
     check_context,
+    check_model_folder,
 )
 from thor_fast.engines.slot_cache import SlotCache, probe, shadow
 from thor_fast.engines.step_loop import EngineCounters, StepLoop
@@ -97,8 +98,7 @@ class PagedEngine:
 
         Raises ``EngineError`` where there is no model at ``path``.
         """
-        if not (Path(path) / "config.json").is_file():
-            raise EngineError(f"no model at {str(path)!r}, expected a folder with a config.json")
+        check_model_folder(path)
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype="auto" if dtype is None else dtype, local_files_only=True

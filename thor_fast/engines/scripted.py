@@ -18,6 +18,7 @@ from thor_fast.engines.base import (
     GenerateRequest,
     KVBudget,
     TokenChunk,
+    check_position,
 )
 from thor_fast.errors import EngineError
 
@@ -191,11 +192,7 @@ class ScriptedEngine:
         session = self._sessions.get(name)
         if session is None:
             raise EngineError(f"no session {name!r}, expected one of {sorted(self._sessions)}")
-        if not 0 <= at_token <= len(session.tokens):
-            raise EngineError(
-                f"at_token is {at_token}, expected 0 to {len(session.tokens)}, the tokens of "
-                f"session {name!r}"
-            )
+        check_position(name, at_token, len(session.tokens))
         return session
 
     def _check_room(self) -> None:

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from thor_fast.engines.base import check_position
 from thor_fast.errors import EngineError
 
 __all__ = ["Session", "SessionTable"]
@@ -124,11 +125,7 @@ class SessionTable:
         session = self._sessions.get(name)
         if session is None:
             raise EngineError(f"no session {name!r}, expected one that has generated or was forked")
-        if not 0 <= at_token <= len(session.ids):
-            raise EngineError(
-                f"at_token is {at_token}, expected 0 to {len(session.ids)}, "
-                f"the tokens of session {name!r}"
-            )
+        check_position(name, at_token, len(session.ids))
         return session
 
     def _evict(self) -> None:

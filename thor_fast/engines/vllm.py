@@ -30,6 +30,8 @@ from thor_fast.engines.base import (
     SamplingParams,
     TokenChunk,
     check_context,
+    check_model_folder,
+    check_position,
 )
 from thor_fast.engines.vllm_start import import_vllm, saved_dtype, start
 from thor_fast.errors import EngineError
@@ -116,8 +118,7 @@ class VLLMEngine:
         call it under ``if __name__ == "__main__"``. Raises ``EngineError`` where there is no model
         at ``path``, vLLM is not installed, or it does not start.
         """
-        if not (Path(path) / "config.json").is_file():
-            raise EngineError(f"no model at {str(path)!r}, expected a folder with a config.json")
+        check_model_folder(path)
         if max_sequences < 1:
             raise EngineError(f"max_sequences is {max_sequences}, expected at least 1")
         if max_context < 2:
@@ -297,11 +298,7 @@ class VLLMEngine:
         session = self._sessions.get(name)
         if session is None:
             raise EngineError(f"no session {name!r}, expected one that has generated or was forked")
-        if not 0 <= at_token <= session.length:
-            raise EngineError(
-                f"at_token is {at_token}, expected 0 to {session.length}, "
-                f"the tokens of session {name!r}"
-            )
+        check_position(name, at_token, session.length)
         return session
 
     async def _end(self, *sessions: _Session, reason: str) -> None:
