@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import signal
@@ -234,6 +235,7 @@ def assert_gone(pids: set[int]) -> None:
 
 
 def test_close_leaves_nothing_behind() -> None:
+    gc.collect()  # what earlier tests left for the collector may close at any moment
     before, descriptors = guests(os.getpid()), set(Path("/proc/self/fd").iterdir())
     sandbox = NativeSandbox(slots=2)
     started = guests(os.getpid()) - before
@@ -247,7 +249,7 @@ def test_close_leaves_nothing_behind() -> None:
     assert not thread.is_alive()
     assert not [pid for pid in started if is_guest(pid)]
     del sandbox, thread
-    assert set(Path("/proc/self/fd").iterdir()) == descriptors
+    assert set(Path("/proc/self/fd").iterdir()) <= descriptors
 
 
 OWNER = """
