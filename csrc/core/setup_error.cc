@@ -33,6 +33,7 @@ const char* name(SetupStep step) {
     case SetupStep::kRlimits: return "setting a resource limit";
     case SetupStep::kCapabilities: return "dropping capabilities";
     case SetupStep::kNoNewPrivileges: return "setting no_new_privs";
+    case SetupStep::kLandlock: return "restricting file access with Landlock";
     case SetupStep::kSeccomp: return "installing the seccomp filter";
     case SetupStep::kPayload: return "reading the payload";
   }

@@ -32,6 +32,7 @@ enum class SetupStep : std::int32_t {
   kRlimits,
   kCapabilities,
   kNoNewPrivileges,
+  kLandlock,
   kSeccomp,
   kPayload,
 };
