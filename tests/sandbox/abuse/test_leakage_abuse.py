@@ -284,7 +284,7 @@ def test_page_cache_read_without_waiting(abuse: Abuse) -> None:
     ],
 )
 def test_random_numbers_differ(abuse: Abuse, draw: str) -> None:
-    """Forks of one zygote draw the same numbers unless each is seeded anew (numpy gh-9248)."""
+    """Forks of one zygote draw the same numbers unless each is seeded anew."""
     outputs = [abuse(draw).stdout for _ in range(4)]
     assert "" not in outputs
     assert len(set(outputs)) == 4

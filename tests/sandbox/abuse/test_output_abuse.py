@@ -91,7 +91,7 @@ def test_exception_with_fifty_megabytes_of_text(abuse: Abuse) -> None:
 
 
 def test_groups_within_groups(abuse: Abuse) -> None:
-    """Printing recurses once for each level (CPython gh-92434 and kin)."""
+    """Printing recurses once for each level."""
     result = abuse("""
         error = ValueError(1)
         for _ in range(3000):
