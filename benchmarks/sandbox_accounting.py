@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from thor_fast.errors import SandboxError
+
 __all__ = ["CpuClock", "Process", "cpu_clock", "descendants"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
+_ENDING_S = 10.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -39,35 +43,61 @@ def cpu_clock() -> Iterator[CpuClock]:
     /proc says of living processes and of the children they waited for is added up: that misses
     processes nobody waited for, as are those killed with their PID namespace.
     """
-    for place, read in _groups():
+    for place, version, read in _groups():
         own = place / f"sandbox-latency-{os.getpid()}"
-        try:
-            own.mkdir()
-        except OSError:
+        if not _enter(own):
             continue
         try:
-            (own / "cgroup.procs").write_text(str(os.getpid()))
-            try:
-                yield CpuClock(f"control group ({own.parent.parts[4]})", lambda: read(own))  # noqa: B023
-            finally:
-                (place / "cgroup.procs").write_text(str(os.getpid()))
+            yield CpuClock(f"control group ({version})", lambda: read(own))  # noqa: B023
         finally:
-            with suppress(OSError):  # a process of a backend that was killed may still be ending
-                own.rmdir()
+            (place / "cgroup.procs").write_text(str(os.getpid()))
+            _remove(own)
         return
     yield CpuClock("/proc (processes that nobody waited for are missing)", _tree_seconds)
 
 
-def _groups() -> Iterator[tuple[Path, Callable[[Path], float]]]:
+def _enter(group: Path) -> bool:
+    """Make a group and move this process there; whether the host let us."""
+    try:
+        group.mkdir()
+    except OSError:
+        return False
+    try:
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+    except OSError:
+        group.rmdir()
+        return False
+    return True
+
+
+def _remove(group: Path) -> None:
+    """Remove a group once what was killed in it has ended; ``SandboxError`` if it does not end."""
+    deadline = time.monotonic() + _ENDING_S
+    while True:
+        try:
+            group.rmdir()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                left = (group / "cgroup.procs").read_text().split()
+                raise SandboxError(
+                    f"{group}: {error}; processes {left} are left {_ENDING_S:g} s after every "
+                    "backend was closed, expected none"
+                ) from None
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _groups() -> Iterator[tuple[Path, str, Callable[[Path], float]]]:
     """Our control group in each hierarchy that counts CPU time, and how to read it."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if "cpuacct" in controllers.split(","):
-            yield _CGROUPS / controllers / path.lstrip("/"), _read_v1
+            yield _CGROUPS / controllers / path.lstrip("/"), "v1", _read_v1
         elif not controllers:
             for root in (_CGROUPS, _CGROUPS / "unified"):
                 if (root / "cgroup.procs").exists():
-                    yield root / path.lstrip("/"), _read_v2
+                    yield root / path.lstrip("/"), "v2", _read_v2
 
 
 def _read_v1(group: Path) -> float:

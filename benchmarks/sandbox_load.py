@@ -92,10 +92,18 @@ def _block_on_all(
 
     threads = [threading.Thread(target=client) for _ in range(concurrency)]
     started = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        for _ in queue:  # interrupted: what runs ends, nothing else begins
+            pass
+        for thread in threads:
+            if thread.is_alive():
+                thread.join()
+        raise
     return time.perf_counter() - started
 
 
