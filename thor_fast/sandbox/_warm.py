@@ -298,7 +298,7 @@ with workdps(27):
 """,
     "scipy": r"""
 import numpy as np
-from scipy import fft, integrate, linalg, optimize, signal, sparse, spatial
+from scipy import integrate, linalg, optimize, signal, sparse, spatial
 from scipy.sparse.linalg import eigs, spsolve
 def bowl(v): return (v[0] - 7) ** 2 + 3 * (v[1] + 4) ** 2
 for method in ("BFGS", "Nelder-Mead", "L-BFGS-B", "SLSQP", "CG", "Powell", "COBYLA"):
@@ -324,7 +324,7 @@ for name in ("expm", "lu", "eigh", "eig", "inv", "det", "svd", "qr", "cholesky",
 linalg.solve(whole, [1, 3, 2]), linalg.lstsq(whole, [1, 3, 2]), linalg.sqrtm(whole)
 band = sparse.csc_matrix([[4.0, 1, 0, 0], [0, 4, 1, 0], [0, 0, 4, 1], [0, 0, 0, 4]])
 print(band, band.toarray(), band @ np.ones(4), spsolve(band, np.ones(4)), band.tocsr().tocoo())
-eigs(band, k=1), fft.fft([1, 3]), signal.convolve([1, 3], [2, 5]), signal.find_peaks([1, 5, 2])
+eigs(band, k=1), signal.convolve([1, 3], [2, 5]), signal.find_peaks([1, 5, 2])
 points = np.array([[0, 0], [3, 0], [0, 4], [1, 1.0], [3, 5]])
 spatial.ConvexHull(points), spatial.distance.cdist(points, points), spatial.KDTree(points)
 """,
