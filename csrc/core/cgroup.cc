@@ -221,7 +221,7 @@ CgroupError Cgroup::attach(pid_t pid) const {
 CgroupError Cgroup::set_memory_limit(std::uint64_t bytes) const {
   const std::string text = std::to_string(bytes);
   if (version_ == CgroupVersion::kV2) {
-    const CgroupError swap = write_file(file("memory.swap.max"), "0");
+    CgroupError swap = write_file(file("memory.swap.max"), "0");
     if (swap && swap.error_number != ENOENT) return swap;  // a kernel without swap has no such file
     return write_file(file("memory.max"), text);
   }
@@ -229,7 +229,7 @@ CgroupError Cgroup::set_memory_limit(std::uint64_t bytes) const {
   // last one when raising.
   const std::string limit = file("memory.limit_in_bytes");
   const bool lowered = !write_file(limit, text);
-  const CgroupError with_swap = write_file(file("memory.memsw.limit_in_bytes"), text);
+  CgroupError with_swap = write_file(file("memory.memsw.limit_in_bytes"), text);
   if (with_swap.error_number == ENOENT) {  // swap is not accounted here: use none
     if (CgroupError e = write_file(file("memory.swappiness"), "0")) return e;
   } else if (with_swap) {
@@ -257,7 +257,8 @@ CgroupError Cgroup::reset_peak() const {
   const bool v1 = version_ == CgroupVersion::kV1;
   CgroupError error =
       failed_on("resetting", file(v1 ? "memory.max_usage_in_bytes" : "memory.peak"));
-  if (error.error_number == EBADF) error.error_number = EOPNOTSUPP;  // not there, or read-only
+  // No such file, opened for reading only, or (root may open any) nothing there that takes a write.
+  if (error.error_number == EBADF || error.error_number == EINVAL) error.error_number = EOPNOTSUPP;
   return error;
 }
 

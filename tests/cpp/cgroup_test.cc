@@ -233,7 +233,7 @@ class Child {
 // Not malloc: under a sanitizer that is another thing.
 void hold(std::uint64_t bytes) {
   constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE;
-  ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+  if (::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kFlags, -1, 0) == MAP_FAILED) ::_exit(1);
 }
 
 // Forever, but for a signal.
