@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -175,7 +176,20 @@ def test_any_program_in_any_pieces(guest: Guest, text: str, seed: int) -> None:
     if outcome == "RERUN":
         assert "Warning" in expected.stderr
     else:
-        assert result == expected
+        assert comparable(result, text) == comparable(expected, text)
+
+
+def comparable(result: Result, text: str) -> Result:
+    """Without addresses, which edits bring to light, and without some carets.
+
+    The interpreter measures joined lines that are not ASCII differently where the text is also
+    in a file.
+    """
+    result = result._replace(stdout=re.sub("0x[0-9a-f]+", "0x", result.stdout))
+    if text.isascii():
+        return result
+    lines = result.stderr.splitlines(keepends=True)
+    return result._replace(stderr="".join(line for line in lines if line.strip(" ^\n")))
 
 
 @pytest.mark.parametrize("share", range(0, 100, 3))
@@ -280,3 +294,15 @@ def test_no_text_is_compiled_more_than_twice(monkeypatch: pytest.MonkeyPatch) ->
     assert block.finish().outcome is statements.Outcome.DONE
     assert len(compiled) == 200 + 1
     assert sum(len(part.lstrip("0\n")) for part in compiled) <= 2 * len(text)
+
+
+def test_signal_handler_that_raises_between_statements(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = statements.Statements({})
+    assert block.feed("x = 1\n")
+
+    def interrupted(*args: Any) -> Any:
+        raise TimeoutError
+
+    monkeypatch.setattr(block._splitter, "feed", interrupted)
+    assert not block.feed("x = 2\n")
+    assert block.finish("x = 3\n") == (statements.Outcome.RERUN, None)

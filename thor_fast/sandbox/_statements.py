@@ -38,9 +38,9 @@ from ._splitter import Splitter
 # What shows how the module's code is run, the text that is not there yet, or the time that passes
 # while waiting for it. A block with one of these words in it is run as a whole.
 _REVEALING = re.compile(
-    r"_current_frames|_getframe|addaudithook|alarm|currentframe|extract_stack|f_back|faulthandler"
+    r"\b(?:_current_frames|_getframe|addaudithook|alarm|currentframe|extract_stack|f_back|faulthandler"
     r"|format_stack|getallocatedblocks|getrefcount|inspect|linecache|print_stack|setitimer"
-    r"|stack_info|stacklevel|tracemalloc"
+    r"|stack_info|stacklevel|tracemalloc)\b"
 )
 _FUTURE_FLAGS = 0
 for _name in __future__.all_feature_names:
@@ -118,12 +118,14 @@ class Statements:
     def _next_code(self, piece: str) -> types.CodeType | None:
         text = self._newlines.decode(piece)
         self._pieces.append(text)
-        ready = self._splitter.feed(text) if self._eager else ""
-        if not ready:
-            return None
-        code = self._compile_part(ready)
-        if code is None:
-            self._eager = False
+        code = None
+        if self._eager:
+            try:
+                ready = self._splitter.feed(text)
+                code = self._compile_part(ready) if ready else None
+                self._eager = code is not None or not ready
+            except BaseException:  # noqa: BLE001  (no memory, or the block's signal handler)
+                self._eager = self._exact = False
         return code
 
     def _last_code(self, rest: str) -> tuple[types.CodeType | None, Ending]:
