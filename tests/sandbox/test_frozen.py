@@ -31,7 +31,7 @@ def run(code: str, seed: int = 42, early: str = "") -> str:
     """Run ``code`` in a deterministic process, after importing ``early`` before; its stdout."""
     start = START.replace("SEED", str(seed)).replace("EARLY", early)
     done = subprocess.run(
-        [sys.executable, "-P", "-W", "error", "-c", start + textwrap.dedent(code)],
+        [sys.executable, "-P", "-B", "-W", "error", "-c", start + textwrap.dedent(code)],
         capture_output=True,
         text=True,
         check=False,
@@ -267,7 +267,7 @@ def test_nothing_changes_where_it_is_not_asked_for() -> None:
                          random.Random.seed, threading.Condition.wait, list(sys.meta_path)])
     """
     done = subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(code)],
+        [sys.executable, "-P", "-B", "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
         check=True,

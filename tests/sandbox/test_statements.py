@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SANDBOX = str(Path(__file__).parents[2] / "thor_fast" / "sandbox")
-PLAIN = [sys.executable, "-I", "-S", "-X", "utf8"]
+PLAIN = [sys.executable, "-I", "-S", "-B", "-X", "utf8"]
 statements = statement_guest.load(SANDBOX, "_statements")
 
 
