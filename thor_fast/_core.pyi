@@ -15,6 +15,8 @@ Completion: TypeAlias = tuple[
     float,  # cpu_s
     int,  # peak memory, bytes
     bool,  # truncated
+    dict[str, bytes],  # files
+    bytes,  # reply of a dialogue's guest
     str,  # error
 ]
 
@@ -27,31 +29,65 @@ class CompletionQueue:
     def drain(self) -> list[Completion]: ...
     def wait(self, timeout_ms: int) -> list[Completion]: ...
 
-class Orchestrator:
+class Limits:
     def __init__(
         self,
         *,
-        argv: list[str],
-        env: list[str],
-        slots: int,
-        queue_capacity: int,
-        startup_timeout_s: float,
-    ) -> None: ...
-    def submit(
-        self,
-        sink: CompletionQueue,
-        *,
-        payload: bytes,
-        stdin_data: bytes,
         timeout_s: float,
         cpu_s: float,
         memory_bytes: int,
         max_output_bytes: int,
         max_processes: int,
+    ) -> None: ...
+
+class Request:
+    def __init__(
+        self,
+        *,
+        payload: bytes,
+        stdin_data: bytes,
+        limits: Limits,
+        tier: int,
+        priority: int,
+        collect: list[str],
+        accumulate: bool,
+        life_s: float,
+    ) -> None: ...
+
+class CgroupPool:
+    def __init__(self) -> None: ...
+    @property
+    def granted(self) -> bool: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+
+class Orchestrator:
+    def __init__(
+        self,
+        *,
+        tiers: list[tuple[str, list[str]]],
+        env: list[str],
+        slots: int,
+        max_dialogues: int,
+        queue_capacity: int,
+        startup_timeout_s: float,
+        cgroups: CgroupPool | None,
+    ) -> None: ...
+    def submit(self, request: Request, sink: CompletionQueue) -> int: ...
+    def open_dialogue(self, opening: Request) -> int: ...
+    def step(
+        self, dialogue: int, data: bytes, limits: Limits, tier: int, sink: CompletionQueue
     ) -> int: ...
+    def close_dialogue(self, dialogue: int) -> None: ...
     def cancel(self, ticket: int) -> None: ...
     def stats(self) -> dict[str, int]: ...
+    def layers(self) -> list[str]: ...
     def close(self) -> None: ...
 
-def serve_zygote(control_fd: int, readonly_paths: list[str], run: object) -> None: ...
+def serve_template(
+    control_fd: int, jail: dict[str, object], prepare: object, run: object
+) -> None: ...
+def collapse_heap() -> int: ...
 def probe_host() -> list[tuple[str, bool, str]]: ...  # (layer, granted, detail)

@@ -119,7 +119,8 @@ class ExecutionRequest:
     ``memory_bytes``: what it may allocate on top of the interpreter. ``max_output_bytes``: kept of
     stdout and of stderr, each. ``max_processes``: processes and threads at a time. ``files``:
     written to the working directory first, by relative path. ``env``: added to the minimal
-    environment.
+    environment. ``collect``: relative paths of files to hand back, see :class:`ExecutionResult`.
+    ``priority``: of those that wait for a slot the highest goes first, equals in their order.
     """
 
     code: str
@@ -132,6 +133,8 @@ class ExecutionRequest:
     max_processes: int | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     env: Mapping[str, str] = field(default_factory=dict)
+    collect: tuple[str, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +144,8 @@ class ExecutionResult:
     ``exit_code`` is ``None`` unless the interpreter exited by itself, ``signal`` is ``None`` unless
     a signal ended it. ``wall_s`` runs from start to end of the snippet, ``cpu_s`` is user + system
     time of the snippet and the children it waited for. ``truncated``: output was cut. ``error``:
-    for ``INFRA``, which step of ours failed and how.
+    for ``INFRA``, which step of ours failed and how. ``files``: the contents of those paths of
+    ``ExecutionRequest.collect`` at which a regular file was left, however the snippet ended.
     """
 
     status: Status
@@ -154,6 +158,7 @@ class ExecutionResult:
     peak_memory_bytes: int = 0
     truncated: bool = False
     error: str = ""
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool | None:

@@ -1,29 +1,38 @@
-// The guest's entry into the native zygote: Python's fork protocol and the call into _guest.run.
+// The guest's entry into the native template: Python's fork protocol and the calls into
+// thor_fast/sandbox/guest/bootstrap.py.
 #include "thor/zygote.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "core/heap.h"
+#include "core/layers.h"
 
 namespace py = pybind11;
 
 namespace thor {
 namespace {
 
-// Exit code of a snippet whose bootstrap, not its code, raised: cannot happen unless _guest.py is
+// Exit code of a snippet whose bootstrap, not its code, raised: cannot happen unless that is
 // broken, and then must not look like success.
 constexpr int kBootstrapFailed = 70;
 
-int run_guest(void* context, const std::string& payload, volatile bool* out_of_memory) {
-  const auto& run = *static_cast<py::function*>(context);
-  const py::cpp_function report_out_of_memory([out_of_memory] { *out_of_memory = true; });
+struct Guest {
+  py::function prepare;
+  py::function run;
+};
+
+// What escapes the guest's own code is our mistake, and must not look like success.
+template <typename Call>
+int guarded(const Call& call) {
   try {
-    return run(py::bytes(payload), report_out_of_memory).cast<int>();
+    return call();
   } catch (py::error_already_set& e) {
     e.restore();
     PyErr_Print();
@@ -31,22 +40,57 @@ int run_guest(void* context, const std::string& payload, volatile bool* out_of_m
   }
 }
 
+void prepare_guest(void* context) {
+  const auto& guest = *static_cast<Guest*>(context);
+  const int failed = guarded([&guest] {
+    guest.prepare();
+    return 0;
+  });
+  if (failed != 0) ::_exit(failed);
+}
+
+int run_guest(void* context, const GuestJob& job) {
+  const auto& guest = *static_cast<Guest*>(context);
+  volatile bool* const out_of_memory = job.out_of_memory;
+  const py::cpp_function report_out_of_memory([out_of_memory] { *out_of_memory = true; });
+  return guarded([&] {
+    return guest.run(py::bytes(job.payload), report_out_of_memory, job.has_dialogue).cast<int>();
+  });
+}
+
+std::uint32_t layer_bits(const std::vector<std::string>& names) {
+  std::uint32_t bits = 0;
+  for (const std::string& name : names) bits |= bit(layer_of(name));
+  return bits;
+}
+
 // Called with the GIL held and never gives it up: the process has one thread.
-[[noreturn]] void serve(int control_fd, std::vector<std::string> readonly_paths, py::function run) {
+[[noreturn]] void serve(int control_fd, const py::dict& jail, py::function prepare,
+                        py::function run) {
+  Guest guest{std::move(prepare), std::move(run)};
   const GuestHooks hooks{
-      .context = &run,
+      .context = &guest,
       .before_fork = [](void* /*context*/) { PyOS_BeforeFork(); },
       .after_fork_parent = [](void* /*context*/) { PyOS_AfterFork_Parent(); },
       .after_fork_child = [](void* /*context*/) { PyOS_AfterFork_Child(); },
+      .prepare = &prepare_guest,
       .run = &run_guest,
   };
-  serve_zygote(control_fd, JailSpec{.readonly_paths = std::move(readonly_paths)}, hooks);
+  const JailSpec spec{
+      .readonly_paths = jail["readonly"].cast<std::vector<std::string>>(),
+      .required_layers = layer_bits(jail["required"].cast<std::vector<std::string>>()),
+      .memory_cgroup = jail["memory_cgroup"].cast<bool>(),
+      .cgroup_path = jail["cgroup_path"].cast<std::string>(),
+  };
+  serve_template(control_fd, spec, hooks);
 }
 
 }  // namespace
 
 void register_zygote(py::module_& m) {
-  m.def("serve_zygote", &serve, py::arg("control_fd"), py::arg("readonly_paths"), py::arg("run"));
+  m.def("serve_template", &serve, py::arg("control_fd"), py::arg("jail"), py::arg("prepare"),
+        py::arg("run"));
+  m.def("collapse_heap", &collapse_heap);
 }
 
 }  // namespace thor

@@ -5,7 +5,10 @@
 
 namespace thor {
 
-// Empties every capability set of this thread, the bounding set included.
+// No execve by this process or its descendants can gain a capability from now on.
+SetupError empty_bounding_set();
+
+// Empties the other capability sets of this thread.
 SetupError drop_capabilities();
 
 // execve can no longer grant anything; also what lets an unprivileged process load seccomp.

@@ -32,12 +32,4 @@ UniqueFd input_file(const std::string& data) {
   return fd;
 }
 
-OutputPipe output_pipe() {
-  std::array<int, 2> ends{};
-  if (::pipe2(ends.data(), O_CLOEXEC) != 0) throw failure("pipe2");
-  OutputPipe pipe{UniqueFd(ends[0]), UniqueFd(ends[1])};
-  if (::fcntl(pipe.read_end.get(), F_SETFL, O_NONBLOCK) != 0) throw failure("fcntl");
-  return pipe;
-}
-
 }  // namespace thor

@@ -11,12 +11,4 @@ namespace thor {
 // limit counts that memory. Throws std::system_error.
 UniqueFd input_file(const std::string& data);
 
-struct OutputPipe {
-  UniqueFd read_end;  // non-blocking
-  UniqueFd write_end;
-};
-
-// Throws std::system_error.
-OutputPipe output_pipe();
-
 }  // namespace thor

@@ -22,12 +22,18 @@ std::string line(unsigned inside, unsigned outside) {
 
 }  // namespace
 
-SetupError write_id_maps(const std::string& proc_dir, const IdMap& map) {
+SetupError write_id_maps(const std::string& proc_dir, const std::vector<IdMap>& maps) {
+  std::string users;
+  std::string groups;
+  for (const IdMap& map : maps) {
+    users += line(map.inside, map.outside_uid);
+    groups += line(map.inside, map.outside_gid);
+  }
   if (!write_file(proc_dir + "/setgroups", "deny")) return failed(SetupStep::kIdMaps, 0);
-  if (!write_file(proc_dir + "/uid_map", line(map.inside, map.outside_uid))) {
+  if (!write_file(proc_dir + "/uid_map", users)) {
     return failed(SetupStep::kIdMaps, 1);
   }
-  if (!write_file(proc_dir + "/gid_map", line(map.inside, map.outside_gid))) {
+  if (!write_file(proc_dir + "/gid_map", groups)) {
     return failed(SetupStep::kIdMaps, 2);
   }
   return {};

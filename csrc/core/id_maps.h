@@ -4,6 +4,7 @@
 #include <sys/types.h>
 
 #include <string>
+#include <vector>
 
 #include "core/setup_error.h"
 
@@ -15,8 +16,8 @@ struct IdMap {
   gid_t outside_gid;
 };
 
-// Maps one user and one group for the process at `proc_dir` ("/proc/self", "/proc/123") and
-// forbids setgroups there, which the kernel asks for before an unprivileged group map.
-SetupError write_id_maps(const std::string& proc_dir, const IdMap& map);
+// Maps users and groups for the process at `proc_dir` ("/proc/123") and forbids setgroups there,
+// which the kernel asks for before an unprivileged group map. More than one needs privileges.
+SetupError write_id_maps(const std::string& proc_dir, const std::vector<IdMap>& maps);
 
 }  // namespace thor

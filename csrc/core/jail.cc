@@ -1,6 +1,5 @@
 #include "core/jail.h"
 
-#include <grp.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/prctl.h>
@@ -8,97 +7,199 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <string>
-#include <vector>
+#include <string_view>
 
+#include "core/capabilities.h"
 #include "core/id_maps.h"
+#include "core/landlock.h"
 #include "core/mounts.h"
+#include "core/protocol.h"
+#include "core/seccomp_filter.h"
+#include "core/time_namespace.h"
+#include "core/zygote.h"
 #include "util/kernel_abi.h"
-#include "util/unique_fd.h"
+#include "util/pidfd.h"
 
 namespace thor {
 namespace {
 
-constexpr int kNamespaces = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWIPC |
-                            CLONE_NEWUTS | CLONE_NEWCGROUP | CLONE_NEWPID;
+// Who jails are to the host when we start as root: never its root, and each snippet's jail its own
+// uid, because some limits (pipe memory, pending signals) are counted per uid. Within 16 bits, as
+// containers often map no more.
+constexpr uid_t kZygoteUid = 64999;
+constexpr uid_t kFirstSnippetUid = 60000;
+constexpr std::uint32_t kSnippetUids = 4000;
+constexpr std::string_view kHostname = "sandbox";
 
-// As root, another uid than our own is mapped, which only a process outside can write: a helper
-// forked before the unshare does it. Unprivileged, only the own uid can be mapped, from inside.
-SetupError unshare_as(unsigned host_uid) {
-  const bool privileged = ::geteuid() == 0;
-  if (!privileged) {
-    const IdMap own{0, ::geteuid(), ::getegid()};
-    if (::unshare(kNamespaces) != 0) return failed(SetupStep::kUnshare);
-    return write_id_maps("/proc/self", own);
+struct NamespaceFlag {
+  Layer layer;
+  unsigned long flag;
+};
+constexpr unsigned long kIndispensable = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID;
+constexpr std::array<NamespaceFlag, 3> kNamespaces{{{Layer::kNetwork, CLONE_NEWNET},
+                                                    {Layer::kIpc, CLONE_NEWIPC},
+                                                    {Layer::kUts, CLONE_NEWUTS}}};
+
+// Into all namespaces or, where the host refuses some that may be missing, into the others.
+pid_t fork_into_namespaces(std::uint32_t required, int* pidfd, std::uint32_t* layers) {
+  unsigned long all = kIndispensable;
+  unsigned long least = kIndispensable;
+  *layers = 0;
+  for (const NamespaceFlag& ns : kNamespaces) {
+    all |= ns.flag;
+    *layers |= bit(ns.layer);
+    if ((required & bit(ns.layer)) != 0) least |= ns.flag;
   }
-  if (::setgroups(0, nullptr) != 0) return failed(SetupStep::kSetIds, 0);
-  int to_helper[2];
-  if (::pipe(to_helper) != 0) return failed(SetupStep::kIdMaps, 10);
-  const pid_t self = ::getpid();
-  const pid_t helper = ::fork();
-  if (helper < 0) return failed(SetupStep::kIdMaps, 11);
-  UniqueFd read_end(to_helper[0]);
-  UniqueFd write_end(to_helper[1]);
-  if (helper == 0) {
-    char go = 0;
-    write_end.reset();
-    if (::read(read_end.get(), &go, 1) != 1) ::_exit(0);  // the parent could not unshare
-    const std::string proc = "/proc/" + std::to_string(self);
-    ::_exit(write_id_maps(proc, {0, host_uid, host_uid}).error_number);
+  const pid_t pid = fork_into(all, pidfd);
+  if (pid >= 0 || least == all) return pid;
+  *layers = 0;
+  for (const NamespaceFlag& ns : kNamespaces) {
+    if ((least & ns.flag) != 0) *layers |= bit(ns.layer);
   }
-  read_end.reset();
-  const bool unshared = ::unshare(kNamespaces) == 0;
-  const SetupError unshare_error = failed(SetupStep::kUnshare);
-  const bool told = unshared && ::write(write_end.get(), "g", 1) == 1;
-  write_end.reset();
-  int status = 0;
-  if (::waitpid(helper, &status, 0) != helper) return failed(SetupStep::kIdMaps, 12);
-  if (!told) return unshare_error;
-  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
-    return {SetupStep::kIdMaps, WIFEXITED(status) ? WEXITSTATUS(status) : ECHILD, 13};
+  return fork_into(least, pidfd);
+}
+
+// As root, each snippet's uid and the zygote's are two others than ours. Unprivileged, only the own
+// uid can be mapped: zygote and snippet share it, and only capabilities tell them apart.
+SetupError map_ids(const JailPlan& plan, pid_t child, std::uint32_t uid_offset) {
+  const std::string proc = "/proc/" + std::to_string(child);
+  if (!plan.privileged) {
+    return write_id_maps(proc, {{{kSnippetUid, ::geteuid(), ::getegid()}}});
   }
+  const uid_t snippet = kFirstSnippetUid + uid_offset % kSnippetUids;
+  return write_id_maps(
+      proc, {{{0, kZygoteUid, kZygoteUid}, {kSnippetUid, snippet, snippet}}});
+}
+
+// The parent's part while the child waits: its ids, its control group, then the word to go on.
+SetupError release(const JailPlan& plan, pid_t child, std::uint32_t uid_offset, int cgroup,
+                   int go) {
+  if (const SetupError e = map_ids(plan, child, uid_offset)) return e;
+  if (cgroup >= 0) {
+    const std::string pid = std::to_string(child);
+    if (::write(cgroup, pid.data(), pid.size()) < 0) return failed(SetupStep::kCgroup);
+  }
+  if (::write(go, "g", 1) != 1) return failed(SetupStep::kCloneJail, 1);
   return {};
 }
 
-// unshare(CLONE_NEWPID) moves only children: the first one is the namespace's init. `owner` is the
-// process that started us: a fork of it may hold our socket open, so its death must tell us too.
-SetupError fork_into_pid_namespace(pid_t owner) {
-  const pid_t child = ::fork();
-  if (child < 0) return failed(SetupStep::kForkZygote);
-  if (child == 0) return {};
-  ::syscall(kSysCloseRange, 0U, ~0U, 0U);
-  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-  if (::getppid() != owner) ::_exit(0);  // it died before the line above
-  int status = 0;
-  while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+// From here on we are an unprivileged user to the host, root only in our own namespaces.
+SetupError become_namespace_root(bool privileged) {
+  if (privileged) {
+    if (::setresgid(0, 0, 0) != 0) return failed(SetupStep::kSetIds, 1);
+    if (::setresuid(0, 0, 0) != 0) return failed(SetupStep::kSetIds, 2);
   }
-  ::_exit(0);
-}
-
-// From here on we are `host_uid` to the host, root only in our own namespaces.
-SetupError become_mapped_root() {
-  if (::setresgid(0, 0, 0) != 0) return failed(SetupStep::kSetIds, 1);
-  if (::setresuid(0, 0, 0) != 0) return failed(SetupStep::kSetIds, 2);
-  // The kernel resets both on a change of uid. Without dumpable, /proc/self/uid_map of our
-  // children would belong to the host's root.
+  // The kernel resets both when the ids change. Undumpable, our own /proc/self would be the host's
+  // root's.
   if (::prctl(PR_SET_DUMPABLE, 1) != 0) return failed(SetupStep::kSetIds, 3);
   if (::prctl(PR_SET_PDEATHSIG, SIGKILL) != 0) return failed(SetupStep::kParentGone, 1);
   return {};
 }
 
-}  // namespace
+SetupError only_if_required(const SetupError& error, Layer layer, std::uint32_t required,
+                            std::uint32_t* layers) {
+  if (!error) {
+    *layers |= bit(layer);
+    return {};
+  }
+  return (required & bit(layer)) != 0 ? error : SetupError{};
+}
 
-SetupError enter_jail(const JailSpec& spec) {
-  const pid_t owner = ::getppid();
-  if (const SetupError e = unshare_as(spec.host_uid)) return e;
-  if (const SetupError e = fork_into_pid_namespace(owner)) return e;
+SetupError enter_cgroup_namespace() {
+  return ::unshare(CLONE_NEWCGROUP) == 0 ? SetupError{} : failed(SetupStep::kUnshare, 1);
+}
+
+// The walls that close behind us. What snippets inherit costs them nothing.
+SetupError close_walls(const JailPlan& plan, int full_proc, std::uint32_t* layers) {
+  const std::uint32_t required = plan.spec.required_layers;
+  const auto add = [&](const SetupError& error, Layer layer) {
+    return only_if_required(error, layer, required, layers);
+  };
+  if (::setsid() < 0) return failed(SetupStep::kSession);
+  if ((*layers & bit(Layer::kUts)) != 0 &&
+      ::sethostname(kHostname.data(), kHostname.size()) != 0) {
+    return failed(SetupStep::kHostname);
+  }
+  // Here, not when the jail was cloned: its root is the control group that we are in by now.
+  if (const SetupError e = add(enter_cgroup_namespace(), Layer::kCgroup)) return e;
+  if (const SetupError e = add(enter_time_namespace(full_proc), Layer::kTime)) return e;
+  if (const SetupError e = empty_bounding_set()) return e;
+  if (const SetupError e = set_no_new_privileges()) return e;
+  // The covered /proc is for a child's own set-up.
+  const std::vector<std::string> writable{kTemporary, kSharedMemory,
+                                          "/proc/self/fd/" + std::to_string(full_proc)};
+  if (const SetupError e = add(restrict_files(writable), Layer::kLandlock)) return e;
+  return add(install_seccomp_filter(plan.filter), Layer::kSeccomp);
+}
+
+SetupError settle(const JailPlan& plan, std::uint32_t* layers, JailFiles* files) {
   // Sources are opened before the uid changes (an interpreter may live in a private home), and
   // mounted after it (only a mapped uid can make files in a tmpfs of this namespace).
   std::vector<MountSource> sources;
-  if (const SetupError e = open_sources(spec.readonly_paths, &sources)) return e;
-  if (const SetupError e = become_mapped_root()) return e;
-  return build_root(sources);
+  if (const SetupError e = open_sources(plan.spec.readonly_paths, &sources)) return e;
+  if (const SetupError e = become_namespace_root(plan.privileged)) return e;
+  if (const SetupError e = build_root(sources, paths_under_tmp(plan.spec.readonly_paths), files)) {
+    return e;
+  }
+  return close_walls(plan, files->full_proc.get(), layers);
+}
+
+[[noreturn]] void live_in_jail(const JailPlan& plan, int socket, int go, std::uint32_t layers,
+                               const GuestHooks& hooks) {
+  char word = 0;
+  if (::read(go, &word, 1) != 1) ::_exit(0);  // our parent failed, and told why
+  sigset_t none;
+  sigemptyset(&none);
+  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  if (::dup2(socket, kControlFd) != kControlFd ||
+      ::syscall(kSysCloseRange, unsigned{kControlFd} + 1, ~0U, 0U) != 0) {
+    ::_exit(1);
+  }
+  hooks.after_fork_child(hooks.context);
+  JailFiles files;
+  if (const SetupError error = settle(plan, &layers, &files)) {
+    send_message(kControlFd, {.kind = MessageKind::kStartFailed, .error = error});
+    ::_exit(1);
+  }
+  serve_snippets(plan, layers, std::move(files), hooks);
+}
+
+}  // namespace
+
+JailPlan plan_jails(const JailSpec& spec) {
+  const bool privileged = ::geteuid() == 0;
+  return {.spec = spec,
+          .filter = build_seccomp_filter(),
+          .baseline = measure_memory_baseline(),
+          .privileged = privileged,
+          .processes_of_ours = privileged ? 0U : 1U};
+}
+
+SetupError clone_jail(const JailPlan& plan, std::uint32_t uid_offset, int cgroup, int socket,
+                      const GuestHooks& hooks, Cloned* cloned) {
+  int go[2];
+  if (::pipe(go) != 0) return failed(SetupStep::kCloneJail, 0);
+  UniqueFd go_read(go[0]);
+  UniqueFd go_write(go[1]);
+  std::uint32_t layers = 0;
+  int pidfd = -1;
+  const pid_t pid = fork_into_namespaces(plan.spec.required_layers, &pidfd, &layers);
+  if (pid < 0) return failed(SetupStep::kUnshare);
+  if (pid == 0) {
+    go_write.reset();
+    live_in_jail(plan, socket, go_read.get(), layers, hooks);
+  }
+  cloned->pid = pid;
+  cloned->pidfd.reset(pidfd);
+  const SetupError error = release(plan, pid, uid_offset, cgroup, go_write.get());
+  if (error) {
+    pidfd_signal(pidfd, SIGKILL);
+    ::waitpid(pid, nullptr, 0);
+  }
+  return error;
 }
 
 }  // namespace thor

@@ -25,8 +25,8 @@ constexpr const char* kOldRoot = "/.host";
 constexpr unsigned long kTmpfsFlags = MS_NOSUID | MS_NODEV;
 // Sizes bound what a snippet can store; inode counts bound what it can make of nothing.
 constexpr const char* kRootOptions = "size=1m,nr_inodes=1024,mode=755";
-constexpr const char* kTmpOptions = "size=64m,nr_inodes=4096,mode=700";
-constexpr const char* kShmOptions = "size=64m,nr_inodes=256,mode=700";
+// noatime is a flag: reading must leave no trace in a jail that another snippet may get.
+constexpr unsigned long kPrivateFlags = kTmpfsFlags | MS_NOATIME;
 constexpr std::array<const char*, 5> kDevices{"/dev/null", "/dev/zero", "/dev/full", "/dev/random",
                                               "/dev/urandom"};
 
@@ -99,6 +99,54 @@ SetupError pivot_to_staging() {
   return ::rmdir(kOldRoot) == 0 ? SetupError{} : failed(SetupStep::kPivotRoot, 4);
 }
 
+std::string private_options(int mebibytes, int inodes) {
+  const std::string id = std::to_string(kSnippetUid);
+  return "size=" + std::to_string(mebibytes) + "m,nr_inodes=" + std::to_string(inodes) +
+         ",mode=700,uid=" + id + ",gid=" + id;
+}
+
+// The kernel grants a new /proc only where an unobstructed one is still in sight: the first mount,
+// covered by the second, which shows processes only, and of those only the snippet's own.
+SetupError mount_own_proc(JailFiles* files) {
+  files->full_proc.reset(::open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC));
+  // Absent on kernels without checkpoint/restore: there, pid numbers go on counting.
+  files->last_pid.reset(::open("/proc/sys/kernel/ns_last_pid", O_WRONLY | O_CLOEXEC));
+  if (!files->full_proc) return failed(SetupStep::kProc, 1);
+  if (const SetupError e = mount_proc("/proc", "subset=pid,hidepid=ptraceable")) return e;
+  // A process could otherwise take back its OOM score, to name one file of many.
+  if (!restrict_mount("/proc", kMountAttrReadOnly, 0)) return failed(SetupStep::kProc, 2);
+  return {};
+}
+
+SetupError mount_private(const std::vector<std::string>& shadowed,
+                         std::vector<PristineDirectory>* writable) {
+  std::vector<UniqueFd> sources;
+  for (const std::string& path : shadowed) {
+    sources.emplace_back(::open(path.c_str(), O_PATH | O_CLOEXEC));
+  }
+  if (::mount("tmpfs", kTemporary, "tmpfs", kPrivateFlags, private_options(64, 4096).c_str()) !=
+      0) {
+    return failed(SetupStep::kWorkTmpfs, 0);
+  }
+  if (::mount("tmpfs", kSharedMemory, "tmpfs", kPrivateFlags | MS_NOEXEC,
+              private_options(64, 256).c_str()) != 0) {
+    return failed(SetupStep::kWorkTmpfs, 1);
+  }
+  for (std::size_t i = 0; i < shadowed.size(); ++i) {
+    if (!sources[i] || !make_directories(shadowed[i]) || !bind(sources[i].get(), shadowed[i])) {
+      return failed(SetupStep::kBind, static_cast<int>(i));
+    }
+  }
+  if (::mkdir(kWorkingDirectory, S_IRWXU) != 0 ||
+      ::chown(kWorkingDirectory, kSnippetUid, kSnippetUid) != 0) {
+    return failed(SetupStep::kWorkingDirectory, 0);
+  }
+  for (const char* path : {kTemporary, kWorkingDirectory, kSharedMemory}) {
+    if (const SetupError e = PristineDirectory::remember(path, writable)) return e;
+  }
+  return {};
+}
+
 }  // namespace
 
 SetupError open_sources(const std::vector<std::string>& readonly_paths,
@@ -124,7 +172,8 @@ SetupError open_sources(const std::vector<std::string>& readonly_paths,
   return {};
 }
 
-SetupError build_root(const std::vector<MountSource>& sources) {
+SetupError build_root(const std::vector<MountSource>& sources,
+                      const std::vector<std::string>& shadowed, JailFiles* files) {
   if (::mount(nullptr, "/", nullptr, MS_REC | MS_PRIVATE, nullptr) != 0) {
     return failed(SetupStep::kRootTmpfs, 0);
   }
@@ -134,42 +183,22 @@ SetupError build_root(const std::vector<MountSource>& sources) {
   for (std::size_t i = 0; i < sources.size(); ++i) {
     if (!place(sources[i])) return failed(SetupStep::kBind, static_cast<int>(i));
   }
-  for (const char* directory : {"/proc", "/tmp", "/dev/shm"}) {
+  for (const char* directory : {"/proc", kTemporary, kSharedMemory}) {
     if (!make_directories(staged(directory))) return failed(SetupStep::kRootTmpfs, 2);
   }
-  // The kernel grants a new /proc only where an unobstructed one is still in sight.
   if (const SetupError e = mount_proc(staged("/proc"), nullptr)) return e;
   if (const SetupError e = pivot_to_staging()) return e;
   if (!restrict_mount("/", kMountAttrReadOnly, 0)) return failed(SetupStep::kReadOnlyRoot);
-  return {};
+  if (const SetupError e = mount_private(shadowed, &files->writable)) return e;
+  return mount_own_proc(files);
 }
 
 std::vector<std::string> paths_under_tmp(const std::vector<std::string>& paths) {
   std::vector<std::string> out;
   for (const std::string& path : paths) {
-    if (is_below(path, "/tmp")) out.push_back(path);
+    if (is_below(path, kTemporary)) out.push_back(path);
   }
   return out;
-}
-
-SetupError mount_private(const std::vector<std::string>& shadowed) {
-  std::vector<UniqueFd> sources;
-  for (const std::string& path : shadowed) {
-    sources.emplace_back(::open(path.c_str(), O_PATH | O_CLOEXEC));
-  }
-  if (::mount("tmpfs", "/tmp", "tmpfs", kTmpfsFlags, kTmpOptions) != 0) {
-    return failed(SetupStep::kWorkTmpfs, 0);
-  }
-  if (::mount("tmpfs", "/dev/shm", "tmpfs", kTmpfsFlags | MS_NOEXEC, kShmOptions) != 0) {
-    return failed(SetupStep::kWorkTmpfs, 1);
-  }
-  for (std::size_t i = 0; i < shadowed.size(); ++i) {
-    if (!sources[i] || !make_directories(shadowed[i]) || !bind(sources[i].get(), shadowed[i])) {
-      return failed(SetupStep::kBind, static_cast<int>(i));
-    }
-  }
-  // Processes only: nothing about the host's memory, devices or kernel.
-  return mount_proc("/proc", "subset=pid");
 }
 
 }  // namespace thor

@@ -102,7 +102,7 @@ pid_t fork_mapper(const UniqueFd& go, UniqueFd& our_end, unsigned uid, unsigned 
   our_end.reset();  // or it would wait for itself
   char word = 0;
   if (::read(go.get(), &word, 1) != 1) ::_exit(0);
-  const SetupError error = write_id_maps(target, {0, uid, gid});
+  const SetupError error = write_id_maps(target, {{0, uid, gid}});
   ::_exit(error ? error.error_number : 0);
 }
 

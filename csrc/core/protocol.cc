@@ -35,18 +35,21 @@ void detach_fds(msghdr* header, std::vector<UniqueFd>* fds) {
 
 #pragma GCC diagnostic pop
 
-constexpr std::size_t kControlBytes = 64;  // room for kMaxFds descriptors and a header
+constexpr std::size_t kControlBytes = 160;  // room for kMaxFds descriptors and a header
 static_assert(kControlBytes >= sizeof(cmsghdr) + kMaxFds * sizeof(int));
 
 }  // namespace
 
-bool send_message(int socket, const Message& message, std::span<const int> fds) {
+bool send_message(int socket, const Message& message, std::span<const int> fds,
+                  std::string_view payload) {
   alignas(cmsghdr) std::array<char, kControlBytes> control{};
   Message copy = message;
-  iovec part{&copy, sizeof(copy)};
+  // The kernel does not write through the pointers; their type predates const.
+  std::array<iovec, 2> parts{{{&copy, sizeof(copy)},
+                              {const_cast<char*>(payload.data()), payload.size()}}};
   msghdr header{};
-  header.msg_iov = &part;
-  header.msg_iovlen = 1;
+  header.msg_iov = parts.data();
+  header.msg_iovlen = payload.empty() ? 1 : 2;
   if (!fds.empty()) {
     header.msg_control = control.data();
     header.msg_controllen = sizeof(cmsghdr) + fds.size_bytes();
@@ -56,21 +59,27 @@ bool send_message(int socket, const Message& message, std::span<const int> fds) 
   do {
     sent = ::sendmsg(socket, &header, MSG_NOSIGNAL);
   } while (sent < 0 && errno == EINTR);
-  return sent == static_cast<ssize_t>(sizeof(copy));
+  return sent == static_cast<ssize_t>(sizeof(copy) + payload.size());
 }
 
-Received receive_message(int socket, Message* message, std::vector<UniqueFd>* fds) {
+Received receive_message(int socket, Message* message, std::vector<UniqueFd>* fds,
+                         std::string* payload) {
   alignas(cmsghdr) std::array<char, kControlBytes> control{};
-  iovec part{message, sizeof(*message)};
+  // Not a std::string: that would touch, and so copy, all of its pages in a fresh child.
+  std::array<char, kMaxInlinePayload> text;
+  std::array<iovec, 2> parts{{{message, sizeof(*message)}, {text.data(), text.size()}}};
   msghdr header{};
-  header.msg_iov = &part;
-  header.msg_iovlen = 1;
+  header.msg_iov = parts.data();
+  header.msg_iovlen = payload == nullptr ? 1 : 2;
   header.msg_control = control.data();
   header.msg_controllen = control.size();
   const ssize_t got = ::recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
   if (got < 0 && (errno == EAGAIN || errno == EINTR)) return Received::kNothing;
   if (got > 0) detach_fds(&header, fds);
-  return got == static_cast<ssize_t>(sizeof(*message)) ? Received::kMessage : Received::kClosed;
+  constexpr auto kHead = static_cast<ssize_t>(sizeof(*message));
+  if (got < kHead || (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) return Received::kClosed;
+  if (payload != nullptr) payload->assign(text.data(), static_cast<std::size_t>(got - kHead));
+  return Received::kMessage;
 }
 
 }  // namespace thor

@@ -36,12 +36,13 @@ MemoryBaseline measure_memory_baseline() {
   return {size * page, data * page};
 }
 
-SetupError apply_rlimits(const Limits& limits, const MemoryBaseline& baseline) {
+SetupError apply_rlimits(const Limits& limits, const MemoryBaseline& baseline,
+                         std::uint32_t processes_of_ours) {
   const auto cpu_s =
       static_cast<rlim_t>(std::chrono::ceil<std::chrono::seconds>(limits.cpu).count());
   const rlim_t data = baseline.data_bytes + limits.memory_bytes;
   const rlim_t space = baseline.address_space_bytes + limits.memory_bytes + kAddressSpaceSlack;
-  const rlim_t processes = limits.max_processes + 1;  // the namespace's init counts too
+  const rlim_t processes = limits.max_processes + processes_of_ours;
   const std::array<Limit, 10> table{{
       {RLIMIT_CPU, cpu_s, cpu_s + 1},  // SIGXCPU first, SIGKILL for who ignores it
       {RLIMIT_DATA, data, data},

@@ -17,6 +17,8 @@ struct MemoryBaseline {
 // Of this process, now (from /proc/self/statm). Zeros if /proc cannot be read.
 MemoryBaseline measure_memory_baseline();
 
-SetupError apply_rlimits(const Limits& limits, const MemoryBaseline& baseline);
+// `processes_of_ours` run under the same uid and count like the snippet's.
+SetupError apply_rlimits(const Limits& limits, const MemoryBaseline& baseline,
+                         std::uint32_t processes_of_ours);
 
 }  // namespace thor

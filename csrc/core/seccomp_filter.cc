@@ -1,11 +1,13 @@
 #include "core/seccomp_filter.h"
 
+#include <fcntl.h>
 #include <linux/audit.h>
 #include <linux/sched.h>
 #include <linux/seccomp.h>
 #include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -17,6 +19,7 @@
 #include <span>
 
 #include "core/syscall_table.h"
+#include "util/kernel_abi.h"
 
 namespace thor {
 namespace {
@@ -34,11 +37,21 @@ constexpr std::uint32_t kNamespaceFlags = CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_
                                           CLONE_NEWIPC | CLONE_NEWUSER | CLONE_NEWPID |
                                           CLONE_NEWNET;
 
-constexpr std::array<std::uint32_t, 3> kSocketFamilies{AF_UNIX, AF_INET, AF_INET6};
+constexpr std::array<std::uint32_t, 1> kSocketFamilies{AF_UNIX};
+// Of SOL_SOCKET, refused: buffers are memory no limit counts; cookies are numbered machine-wide.
+constexpr std::array<std::uint32_t, 5> kSocketOptions{SO_SNDBUF, SO_RCVBUF, SO_SNDBUFFORCE,
+                                                      SO_RCVBUFFORCE, 57 /* SO_COOKIE */};
+constexpr std::array<std::uint32_t, 1> kSelf{0};  // "this process" where a pid is expected
+// Not among them: GETLK, leases and directory notification, which tell one snippet what another
+// does with a file both can read; the size of a pipe, which is memory no limit counts.
+constexpr std::array<std::uint32_t, 11> kFcntls{F_DUPFD,  F_DUPFD_CLOEXEC, F_GETFD,      F_SETFD,
+                                                F_GETFL,  F_SETFL,         F_SETLK,      F_SETLKW,
+                                                kOfdSetLock, kOfdSetLockWait, F_GETPIPE_SZ};
 constexpr std::array<std::uint32_t, 7> kIoctls{TCGETS,  TIOCGWINSZ, FIONREAD, FIONBIO,
                                                FIOCLEX, FIONCLEX,   TIOCGPGRP};
-constexpr std::array<std::uint32_t, 5> kPrctls{PR_SET_NAME, PR_GET_NAME, PR_SET_PDEATHSIG,
-                                               PR_GET_PDEATHSIG, PR_GET_DUMPABLE};
+constexpr std::array<std::uint32_t, 6> kPrctls{PR_SET_NAME,      PR_GET_NAME,
+                                               PR_SET_PDEATHSIG, PR_GET_PDEATHSIG,
+                                               PR_GET_DUMPABLE,  PR_SET_DUMPABLE};
 
 using Program = std::vector<sock_filter>;
 
@@ -74,6 +87,34 @@ Program allow_only(std::size_t argument, std::span<const std::uint32_t> values,
   return p;
 }
 
+// A file without a name leaves no trace in its directory but the count of inodes, which the next
+// snippet could read. EOPNOTSUPP, as file systems say that cannot do it: callers have a fallback.
+Program open_without_tmpfile(std::size_t flags_argument) {
+  return {load_argument(flags_argument), jump(BPF_JSET, O_TMPFILE & ~O_DIRECTORY, 0, 1),
+          refuse(EOPNOTSUPP), allow()};
+}
+
+Program socket_option() {
+  Program p{load_argument(1), jump(BPF_JEQ, SOL_SOCKET, 1, 0), allow(), load_argument(2)};
+  for (std::size_t i = 0; i < kSocketOptions.size(); ++i) {
+    const auto to_refuse = static_cast<std::uint8_t>(kSocketOptions.size() - i);
+    p.push_back(jump(BPF_JEQ, kSocketOptions[i], to_refuse, 0));
+  }
+  p.push_back(allow());
+  p.push_back(refuse(EPERM));
+  return p;
+}
+
+// setpriority(PRIO_PROCESS, 0, ...): PRIO_USER would reach all who share our uid on the host.
+Program own_priority() {
+  return {load_argument(0),
+          jump(BPF_JEQ, PRIO_PROCESS, 0, 2),
+          load_argument(1),
+          jump(BPF_JEQ, 0, 1, 0),
+          refuse(EPERM),
+          allow()};
+}
+
 Program leaf(Verdict verdict) {
   switch (verdict) {
     case Verdict::kAllow: return {allow()};
@@ -82,8 +123,14 @@ Program leaf(Verdict verdict) {
     case Verdict::kClone:
       return {load_argument(0), jump(BPF_JSET, kNamespaceFlags, 0, 1), refuse(EPERM), allow()};
     case Verdict::kSocket: return allow_only(0, kSocketFamilies, EAFNOSUPPORT);
+    case Verdict::kSocketOption: return socket_option();
+    case Verdict::kOpen: return open_without_tmpfile(1);
+    case Verdict::kOpenAt: return open_without_tmpfile(2);
     case Verdict::kIoctl: return allow_only(1, kIoctls, ENOTTY);
     case Verdict::kPrctl: return allow_only(0, kPrctls, EPERM);
+    case Verdict::kFcntl: return allow_only(1, kFcntls, EPERM);
+    case Verdict::kOwnPid: return allow_only(0, kSelf, EPERM);
+    case Verdict::kOwnPriority: return own_priority();
   }
   return {refuse(ENOSYS)};
 }
@@ -102,8 +149,19 @@ std::map<std::uint32_t, Verdict> verdicts() {
   // libraries fall back to clone.
   table[__NR_clone] = Verdict::kClone;
   table[__NR_socket] = Verdict::kSocket;
+  table[__NR_socketpair] = Verdict::kSocket;
+  table[__NR_getsockopt] = Verdict::kSocketOption;
+  table[__NR_setsockopt] = Verdict::kSocketOption;
+#if defined(__x86_64__)
+  table[__NR_open] = Verdict::kOpen;
+#endif
+  table[__NR_openat] = Verdict::kOpenAt;
   table[__NR_ioctl] = Verdict::kIoctl;
   table[__NR_prctl] = Verdict::kPrctl;
+  table[__NR_fcntl] = Verdict::kFcntl;
+  table[__NR_prlimit64] = Verdict::kOwnPid;
+  table[__NR_sched_setaffinity] = Verdict::kOwnPid;
+  table[__NR_setpriority] = Verdict::kOwnPriority;
   return table;
 }
 

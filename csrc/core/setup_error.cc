@@ -9,9 +9,9 @@ namespace {
 const char* name(SetupStep step) {
   switch (step) {
     case SetupStep::kNone: return "nothing";
-    case SetupStep::kSingleThread: return "checking that the zygote has one thread";
+    case SetupStep::kSingleThread: return "checking that the template has one thread";
     case SetupStep::kParentGone: return "checking that the parent is alive";
-    case SetupStep::kUnshare: return "creating the zygote's namespaces";
+    case SetupStep::kUnshare: return "creating a jail's namespaces";
     case SetupStep::kIdMaps: return "writing the user and group maps";
     case SetupStep::kSetIds: return "dropping to an unprivileged user";
     case SetupStep::kRootTmpfs: return "mounting the jail's root";
@@ -20,9 +20,13 @@ const char* name(SetupStep step) {
     case SetupStep::kDevice: return "providing a device";
     case SetupStep::kProc: return "mounting /proc";
     case SetupStep::kReadOnlyRoot: return "making the jail's root read-only";
-    case SetupStep::kForkZygote: return "forking the zygote";
-    case SetupStep::kClone: return "cloning a child into new namespaces";
-    case SetupStep::kReportPage: return "mapping the report page";
+    case SetupStep::kCloneJail: return "talking to a new jail";
+    case SetupStep::kCgroup: return "joining a control group";
+    case SetupStep::kTimeNamespace: return "creating a time namespace";
+    case SetupStep::kLandlock: return "restricting files with Landlock";
+    case SetupStep::kPristine: return "remembering a writable directory";
+    case SetupStep::kSharedPages: return "mapping the pages shared with a snippet";
+    case SetupStep::kPipes: return "making the output pipes";
     case SetupStep::kSession: return "starting a session";
     case SetupStep::kHostname: return "setting the host name";
     case SetupStep::kWorkTmpfs: return "mounting a private tmpfs";
@@ -33,7 +37,6 @@ const char* name(SetupStep step) {
     case SetupStep::kRlimits: return "setting a resource limit";
     case SetupStep::kCapabilities: return "dropping capabilities";
     case SetupStep::kNoNewPrivileges: return "setting no_new_privs";
-    case SetupStep::kLandlock: return "restricting file access with Landlock";
     case SetupStep::kSeccomp: return "installing the seccomp filter";
     case SetupStep::kPayload: return "reading the payload";
   }

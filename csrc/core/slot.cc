@@ -38,18 +38,22 @@ Status status_of_signal(int signal, const Result& result, const Limits& limits) 
   return Status::kError;
 }
 
+Result output_of(const Slot& slot, Clock::time_point now) {
+  Result result;
+  result.stdout_data = slot.output.stdout_text.text();
+  result.stderr_data = slot.output.stderr_text.text();
+  result.truncated = slot.output.stdout_text.truncated() || slot.output.stderr_text.truncated();
+  result.wall = slot.output.wall + (now - slot.started);
+  return result;
+}
+
 }  // namespace
 
-Slot::Slot(Job what)
-    : job(std::move(what)),
-      stdout_text(job.request.limits.max_output_bytes),
-      stderr_text(job.request.limits.max_output_bytes) {}
-
-bool Slot::drain_output() {
-  drain(&stdout_read, &stdout_text);
-  drain(&stderr_read, &stderr_text);
+bool Slot::drain(UniqueFd* standard_output, UniqueFd* standard_error) {
+  thor::drain(standard_output, &output.stdout_text);
+  thor::drain(standard_error, &output.stderr_text);
   const std::uint64_t flood = kFloodFactor * job.request.limits.max_output_bytes;
-  return stdout_text.total() <= flood && stderr_text.total() <= flood;
+  return output.stdout_text.total() <= flood && output.stderr_text.total() <= flood;
 }
 
 Result infra(std::string error) {
@@ -59,32 +63,42 @@ Result infra(std::string error) {
   return result;
 }
 
-Result conclude(const Slot& slot, const Message& exited, Clock::time_point now) {
+Result conclude(const Slot& slot, const Ending& ending, Clock::time_point now) {
+  const Message& exited = ending.exited;
   if (slot.killed == KillReason::kCancelled) return infra("cancelled by the caller");
   if (exited.error) return infra(describe(exited.error));
+  if (!exited.started) return infra("the snippet's process was killed before it started");
 
-  Result result;
-  result.stdout_data = slot.stdout_text.text();
-  result.stderr_data = slot.stderr_text.text();
-  result.truncated = slot.stdout_text.truncated() || slot.stderr_text.truncated();
-  result.wall = now - slot.started;
+  Result result = output_of(slot, now);
   result.cpu = std::chrono::nanoseconds(exited.usage.cpu_ns);
   result.peak_memory_bytes = static_cast<std::uint64_t>(exited.usage.peak_bytes);
-
   const int status = exited.snippet_status;
   if (slot.killed != KillReason::kNone) {
     result.status = slot.killed == KillReason::kTimeout ? Status::kTimeout : Status::kOutput;
     result.signal = SIGKILL;
-  } else if (status == -1) {
-    return infra("the snippet's init was killed from outside (wait status " +
-                 std::to_string(exited.init_status) + ")");
   } else if (WIFSIGNALED(status)) {
     result.signal = WTERMSIG(status);
     result.status = status_of_signal(result.signal, result, slot.job.request.limits);
+    if (result.signal == SIGKILL && ending.killed_for_memory) result.status = Status::kMemory;
   } else {
     result.exit_code = WEXITSTATUS(status);
-    result.status = status_of_exit(result.exit_code, result.truncated, exited.out_of_memory);
+    // A memory limit may have taken a child of the snippet, which then failed for lack of it.
+    const bool memory = exited.out_of_memory || ending.killed_for_memory;
+    result.status = status_of_exit(result.exit_code, result.truncated, memory);
   }
+  return result;
+}
+
+Result conclude_step(Slot* slot, std::string reply, bool accumulate, Clock::time_point now) {
+  Result result;
+  if (accumulate) {
+    slot->output.wall += now - slot->started;
+    result.wall = now - slot->started;
+  } else {
+    result = output_of(*slot, now);
+  }
+  result.status = result.truncated ? Status::kOutput : Status::kOk;
+  result.reply = std::move(reply);
   return result;
 }
 

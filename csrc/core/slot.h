@@ -1,8 +1,10 @@
-// One running snippet as the orchestrator sees it, and the verdict on what became of it.
+// One request being served as the orchestrator sees it, and the verdict on what became of it.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <utility>
 
 #include "core/deadlines.h"
 #include "core/output_buffer.h"
@@ -17,24 +19,39 @@ namespace thor {
 struct Job {
   std::uint64_t ticket = 0;
   Request request;
+  std::uint64_t dialogue = 0;              // 0: a snippet of its own
+  std::shared_ptr<const Request> opening;  // of the dialogue
   std::shared_ptr<CompletionQueue> sink;
+  int attempts = 0;  // to start it
 };
 
 // Why we killed a snippet, if we did.
 enum class KillReason : std::uint8_t { kNone, kTimeout, kOutput, kCancelled };
 
-struct Slot {
-  explicit Slot(Job what);
+// What was written, and in how much time.
+struct Output {
+  explicit Output(std::uint64_t max_output_bytes)
+      : stdout_text(max_output_bytes), stderr_text(max_output_bytes) {}
 
-  // Reads what is in the pipes now. False once a stream exceeds the flood limit.
-  bool drain_output();
-
-  Job job;
-  UniqueFd pidfd;  // of the pid namespace's init; empty until the zygote says it started
-  UniqueFd stdout_read;
-  UniqueFd stderr_read;
   OutputBuffer stdout_text;
   OutputBuffer stderr_text;
+  std::chrono::nanoseconds wall{0};
+};
+
+struct Slot {
+  explicit Slot(Job what)
+      : job(std::move(what)), output(job.request.limits.max_output_bytes) {}
+
+  // Reads what is in the pipes now. False once a stream exceeds the flood limit.
+  bool drain(UniqueFd* standard_output, UniqueFd* standard_error);
+
+  // Until when it may run, given when it started.
+  [[nodiscard]] Clock::time_point deadline() const {
+    return started + (job.request.limits.timeout - output.wall);
+  }
+
+  Job job;
+  Output output;
   Clock::time_point started;
   KillReason killed = KillReason::kNone;
 };
@@ -43,8 +60,18 @@ struct Slot {
 // the snippet may go on, so that the tail, where answers and tracebacks stand, is kept.
 inline constexpr std::uint64_t kFloodFactor = 16;
 
-// The result of a snippet whose processes are all gone.
-Result conclude(const Slot& slot, const Message& exited, Clock::time_point now);
+// What the kernel and the zygote say of a snippet whose processes are all gone.
+struct Ending {
+  Message exited;
+  bool killed_for_memory = false;  // by its control group, or by the zygote that watches it
+};
+
+// The result of a snippet that is over.
+Result conclude(const Slot& slot, const Ending& ending, Clock::time_point now);
+
+// The result of a dialogue's step whose process lives on; `reply` is its guest's. With `accumulate`
+// the output stays in the slot for the next one.
+Result conclude_step(Slot* slot, std::string reply, bool accumulate, Clock::time_point now);
 
 // A request we could not serve, with what failed.
 Result infra(std::string error);

@@ -74,7 +74,7 @@ class SpawnPlan {
 
 }  // namespace
 
-Spawned spawn_zygote(const std::vector<std::string>& argv, const std::vector<std::string>& env) {
+Spawned spawn_template(const std::vector<std::string>& argv, const std::vector<std::string>& env) {
   std::array<int, 2> ends{};
   if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends.data()) != 0) {
     check(errno, "socketpair");
@@ -86,7 +86,7 @@ Spawned spawn_zygote(const std::vector<std::string>& argv, const std::vector<std
     theirs.reset(::fcntl(theirs.get(), F_DUPFD_CLOEXEC, kControlFd + 1));
   }
   if (::fcntl(out.control.get(), F_SETFL, O_NONBLOCK) != 0) check(errno, "fcntl");
-  out.messages.reset(::memfd_create("thor-zygote-messages", MFD_CLOEXEC));
+  out.messages.reset(::memfd_create("thor-template-messages", MFD_CLOEXEC));
   if (!theirs || !out.messages) check(errno, "memfd_create");
   out.pid = SpawnPlan(theirs.get(), out.messages.get()).spawn(argv, env);
   out.pidfd.reset(static_cast<int>(::syscall(kSysPidfdOpen, out.pid, 0)));

@@ -1,4 +1,4 @@
-// Starting the zygote's process: exec'd, never forked from a process with threads and secrets.
+// Starting a template's process: exec'd, never forked from a process with threads and secrets.
 #pragma once
 
 #include <string>
@@ -18,7 +18,7 @@ struct Spawned {
 // Starts argv[0] in a session of its own with `env` as its whole environment, stdin empty, its
 // control socket as descriptor 3. Throws std::system_error. The calling thread must live as long
 // as the process may: the process asks to be killed with it.
-Spawned spawn_zygote(const std::vector<std::string>& argv, const std::vector<std::string>& env);
+Spawned spawn_template(const std::vector<std::string>& argv, const std::vector<std::string>& env);
 
 // The first few kilobytes of what the process wrote, for an error message.
 std::string read_messages(const Spawned& spawned);

@@ -1,250 +1,322 @@
-#include "thor/zygote.h"
+#include "core/zygote.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <cerrno>
-#include <filesystem>
+#include <cstring>
 #include <new>
-#include <vector>
+#include <string_view>
+#include <utility>
 
 #include "core/capabilities.h"
-#include "core/child_setup.h"
-#include "core/jail.h"
-#include "core/mounts.h"
+#include "core/collect.h"
 #include "core/protocol.h"
-#include "core/seccomp_filter.h"
+#include "core/rlimits.h"
+#include "core/tree_watch.h"
 #include "util/kernel_abi.h"
-#include "util/pidfd.h"
-#include "util/unique_fd.h"
 
 namespace thor {
 namespace {
 
-// Order of the descriptors that come with kRun.
-enum FdIndex : std::size_t { kPayloadFd, kStdinFd, kStdoutFd, kStderrFd, kFdCount };
+// First to go when memory runs out: never the trainer, never the zygote.
+constexpr std::string_view kOomScore = "1000";
+// While a snippet runs: how often orphans are reaped and, without a control group, memory is added
+// up. A process can touch new memory at about 1 GB/s.
+constexpr int kTickMs = 50;
+constexpr int kIdleMs = 1'000;  // until somebody wakes us, which only watching needs
 
-// Written by init and read by the zygote after init's death; the snippet unmaps it before it runs.
-struct InitReport {
+// A child's word to its zygote; it unmaps the page before the snippet runs.
+struct Report {
   SetupError error;
-  std::int32_t snippet_status = -1;
-  Usage usage;
+  bool started = false;
+  std::uint64_t memory_bytes = 0;
+  std::array<char, kMaxCollectBytes> collect{};  // NUL-ended paths, then an empty one
 };
 
-// Its own page, because the snippet keeps it: all it can say is that an allocation failed.
-struct GuestHint {
+// A page of its own, because the snippet keeps it: all it can say is that an allocation failed.
+struct Hint {
   volatile bool out_of_memory = false;
 };
 
 template <typename T>
 T* map_shared() {
+  static_assert(sizeof(T) <= 4'096, "fits the smallest page there is");
   void* page =
       ::mmap(nullptr, sizeof(T), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   return page == MAP_FAILED ? nullptr : new (page) T();
 }
 
-template <typename T>
-void unmap(T* shared) {
-  ::munmap(shared, sizeof(T));
-}
-
-struct Child {
-  std::uint32_t slot = 0;
-  pid_t pid = 0;
-  UniqueFd pidfd;
-  InitReport* report = nullptr;
-  GuestHint* hint = nullptr;
+struct Pipe {
+  UniqueFd read_end;
+  UniqueFd write_end;
 };
 
-Usage to_usage(const rusage& r) {
-  const auto ns = [](const timeval& t) {
-    return std::int64_t{t.tv_sec} * 1'000'000'000 + std::int64_t{t.tv_usec} * 1'000;
-  };
-  return {ns(r.ru_utime) + ns(r.ru_stime), std::int64_t{r.ru_maxrss} * 1024};
+bool make_output_pipe(Pipe* pipe) {
+  std::array<int, 2> ends{};
+  if (::pipe2(ends.data(), O_CLOEXEC) != 0) return false;
+  pipe->read_end.reset(ends[0]);
+  pipe->write_end.reset(ends[1]);
+  return ::fcntl(ends[0], F_SETFL, O_NONBLOCK) == 0;
+}
+
+std::int64_t to_ns(const timeval& t) {
+  return std::int64_t{t.tv_sec} * 1'000'000'000 + std::int64_t{t.tv_usec} * 1'000;
+}
+
+void add(const rusage& r, Usage* total) {
+  total->cpu_ns += to_ns(r.ru_utime) + to_ns(r.ru_stime);
+  total->peak_bytes = std::max(total->peak_bytes, std::int64_t{r.ru_maxrss} * 1024);
 }
 
 bool read_all(int fd, std::string* out) {
-  std::vector<char> chunk(std::size_t{1} << 16);
+  std::array<char, 1 << 16> chunk;
   for (;;) {
     const ssize_t n = ::read(fd, chunk.data(), chunk.size());
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return false;
-    if (n == 0) return true;
+    if (n <= 0) return n == 0;
     out->append(chunk.data(), static_cast<std::size_t>(n));
   }
 }
 
 class Zygote {
  public:
-  Zygote(int control, const JailSpec& jail, const GuestHooks& hooks)
-      : control_(control), hooks_(hooks) {
-    plan_.shadowed = paths_under_tmp(jail.readonly_paths);
-    plan_.filter = build_seccomp_filter();
-    plan_.baseline = measure_memory_baseline();
+  Zygote(const JailPlan& plan, std::uint32_t layers, JailFiles files, const GuestHooks& hooks)
+      : plan_(plan),
+        layers_(layers),
+        files_(std::move(files)),
+        hooks_(hooks),
+        report_(map_shared<Report>()),
+        hint_(map_shared<Hint>()) {
+    if (report_ == nullptr || hint_ == nullptr) give_up(failed(SetupStep::kSharedPages));
+    // Pid 1 only gets signals that it handles: an interpreter's handler for Ctrl-C would let a
+    // snippet interrupt us, and the next snippet find it pending. Children get it back.
+    struct sigaction ignore_nothing{};
+    ignore_nothing.sa_handler = SIG_DFL;
+    ::sigaction(SIGINT, &ignore_nothing, &interrupt_);
+    ::prctl(PR_SET_DUMPABLE, 0);  // unprivileged, the snippet has our uid: it must not look into us
   }
 
   [[noreturn]] void serve() {
-    send_message(control_, {.kind = MessageKind::kReady});
     for (;;) {
-      std::vector<pollfd> waits{{control_, POLLIN, 0}};
-      for (const Child& child : children_) waits.push_back({child.pidfd.get(), POLLIN, 0});
-      if (::poll(waits.data(), waits.size(), -1) < 0) continue;  // EINTR
-      if (waits[0].revents != 0) take_request();
-      for (std::size_t i = waits.size(); i-- > 1;) {
-        if (waits[i].revents != 0) reap(i - 1);
-      }
+      const pid_t child = park();
+      Message exited = await_end(child);
+      // A child that took no request may have left one in the socket, which is not the next one's.
+      exited.pristine = exited.started && !exited.error && pristine();
+      std::vector<UniqueFd> files;
+      if (exited.started) files = collect_files(report_->collect.data(), &exited.collected);
+      std::vector<int> handles;
+      for (const UniqueFd& file : files) handles.push_back(file.get());
+      if (!send_message(kControlFd, exited, handles) || !exited.pristine) ::_exit(0);
     }
   }
 
  private:
-  void take_request() {
-    Message request;
-    std::vector<UniqueFd> fds;
-    const Received got = receive_message(control_, &request, &fds);
-    if (got == Received::kNothing) return;
-    // The other end is gone, or does not speak our language: nothing here may outlive it.
-    if (got == Received::kClosed || fds.size() != kFdCount) ::_exit(0);
-    start(request, fds);
+  // Forks the next child and shows it to the orchestrator, which will talk to it directly.
+  pid_t park() {
+    *report_ = Report{};
+    // All of the page: a snippet could leave a message behind what we use of it.
+    std::memset(static_cast<void*>(hint_), 0, static_cast<std::size_t>(::getpagesize()));
+    // Every snippet is pid 2: how many processes the one before it had is not for it to know.
+    if (files_.last_pid) static_cast<void>(::pwrite(files_.last_pid.get(), "1", 1, 0));
+    Pipe out;
+    Pipe err;
+    if (!make_output_pipe(&out) || !make_output_pipe(&err)) give_up(failed(SetupStep::kPipes));
+    const pid_t child = ::fork();
+    if (child == 0) live(out, err);
+    if (child < 0) give_up(failed(SetupStep::kForkSnippet));
+    pidfd_.reset(static_cast<int>(::syscall(kSysPidfdOpen, child, 0)));
+    const Message parked{.kind = MessageKind::kParked, .layers = layers_};
+    const std::array<int, 3> fds{pidfd_.get(), out.read_end.get(), err.read_end.get()};
+    if (!send_message(kControlFd, parked, fds)) ::_exit(0);
+    return child;
   }
 
-  void start(const Message& request, const std::vector<UniqueFd>& fds) {
-    Child child{.slot = request.slot,
-                .pid = 0,
-                .pidfd = UniqueFd(),
-                .report = map_shared<InitReport>(),
-                .hint = map_shared<GuestHint>()};
-    if (child.report == nullptr || child.hint == nullptr) {
-      return refuse(request.slot, failed(SetupStep::kReportPage));
+  [[noreturn]] static void give_up(const SetupError& error) {
+    send_message(kControlFd, {.kind = MessageKind::kStartFailed, .error = error});
+    ::_exit(1);
+  }
+
+  Message await_end(pid_t child) {
+    Message exited{.kind = MessageKind::kExited};
+    bool over = false;
+    while (!over) {
+      // Events 0: only a hang-up wakes us; what is sent is for the child.
+      std::array<pollfd, 2> waits{{{kControlFd, 0, 0}, {pidfd_.get(), POLLIN, 0}}};
+      const int timeout = report_->started ? kTickMs : kIdleMs;
+      ::poll(waits.data(), waits.size(), timeout);
+      if (waits[0].revents != 0) ::_exit(0);  // the kernel takes the whole namespace with us
+      over = reap(child, &exited);
+      if (!over && exceeds_memory()) {
+        exited.tree_out_of_memory = true;
+        ::kill(-1, SIGKILL);
+      }
     }
-    hooks_.before_fork(hooks_.context);
-    int pidfd = -1;
-    child.pid = fork_into(snippet_namespaces(), &pidfd);
-    if (child.pid == 0) run_init(request, fds, child);
-    const SetupError clone_error = failed(SetupStep::kClone);
-    hooks_.after_fork_parent(hooks_.context);
-    if (child.pid < 0) {
-      unmap(child.report);
-      unmap(child.hint);
-      return refuse(request.slot, clone_error);
-    }
-    child.pidfd.reset(pidfd);
-    const Message started{.kind = MessageKind::kStarted, .slot = request.slot};
-    const int handle = child.pidfd.get();
-    if (!send_message(control_, started, {&handle, 1})) ::_exit(0);
-    children_.push_back(std::move(child));
+    empty_namespace(&exited);
+    exited.error = report_->error;
+    exited.started = report_->started;
+    exited.out_of_memory = hint_->out_of_memory;
+    return exited;
   }
 
-  void refuse(std::uint32_t slot, const SetupError& error) const {
-    const Message exited{.kind = MessageKind::kExited, .slot = slot, .error = error};
-    if (!send_message(control_, exited)) ::_exit(0);
-  }
-
-  void reap(std::size_t index) {
-    Child& child = children_[index];
-    int status = 0;
-    rusage usage{};
-    if (::wait4(child.pid, &status, 0, &usage) != child.pid) return;
-    // An init that was killed wrote no report: its own usage includes its reaped descendants.
-    const bool reported = child.report->snippet_status != -1;
-    const Message exited{.kind = MessageKind::kExited,
-                         .slot = child.slot,
-                         .error = child.report->error,
-                         .snippet_status = child.report->snippet_status,
-                         .init_status = status,
-                         .out_of_memory = child.hint->out_of_memory,
-                         .usage = reported ? child.report->usage : to_usage(usage)};
-    unmap(child.report);
-    unmap(child.hint);
-    children_.erase(children_.begin() + static_cast<std::ptrdiff_t>(index));
-    if (!send_message(control_, exited)) ::_exit(0);
-  }
-
-  // Pid 1 of the new namespaces: prepares them, starts the snippet, reaps until it ends. When it
-  // exits, the kernel kills whatever the snippet left behind. Asked to stop (SIGTERM), it kills
-  // the snippet and still reports what that used; SIGKILL would lose the report.
-  [[noreturn]] void run_init(const Message& request, const std::vector<UniqueFd>& fds,
-                             const Child& child) {
-    child.report->error =
-        prepare_init(plan_, {fds[kStdinFd].get(), fds[kStdoutFd].get(), fds[kStderrFd].get()},
-                     fds[kPayloadFd].get());
-    if (child.report->error) ::_exit(1);
-    ::prctl(PR_SET_DUMPABLE, 0);  // the snippet has our uid: it must not look into us
-    struct sigaction stop{};
-    stop.sa_handler = [](int) { ::kill(-1, SIGKILL); };
-    ::sigaction(SIGTERM, &stop, nullptr);
-    const pid_t snippet = ::fork();
-    if (snippet < 0) {
-      child.report->error = failed(SetupStep::kForkSnippet);
-      ::_exit(1);
-    }
-    if (snippet == 0) run_snippet(request, child);
-    drop_capabilities();
-    ::syscall(kSysCloseRange, 0U, ~0U, 0U);
+  // Takes all that is dead by now; orphans come to us. True once the main process is among them.
+  static bool reap(pid_t child, Message* exited) {
     for (;;) {
       int status = 0;
       rusage usage{};
-      const pid_t gone = ::wait4(-1, &status, __WALL, &usage);
-      if (gone == snippet) {
-        child.report->usage = to_usage(usage);
-        child.report->snippet_status = status;
-        ::_exit(0);
+      const pid_t gone = ::wait4(-1, &status, WNOHANG | __WALL, &usage);
+      if (gone <= 0) return false;
+      add(usage, &exited->usage);
+      if (gone == child) {
+        exited->snippet_status = status;
+        return true;
       }
-      if (gone < 0 && errno != EINTR) ::_exit(1);
     }
   }
 
-  [[noreturn]] void run_snippet(const Message& request, const Child& child) {
-    constexpr int kPayload = 3;  // where prepare_init put it
+  // kill(-1) reaches all but us at one moment, forks in progress included, and what they leave is
+  // ours to wait for. When nobody is left to wait for, nobody is left.
+  static void empty_namespace(Message* exited) {
+    bool killed = false;
+    for (;;) {
+      int status = 0;
+      rusage usage{};
+      const pid_t gone = ::wait4(-1, &status, __WALL | (killed ? 0 : WNOHANG), &usage);
+      if (gone > 0) {
+        add(usage, &exited->usage);
+      } else if (gone == 0) {
+        ::kill(-1, SIGKILL);
+        killed = true;
+      } else if (errno != EINTR) {
+        return;
+      }
+    }
+  }
+
+  [[nodiscard]] bool exceeds_memory() const {
+    if (plan_.spec.memory_cgroup || !report_->started) return false;
+    return tree_memory_bytes(private_memory_bytes(1)) > report_->memory_bytes;
+  }
+
+  [[nodiscard]] bool pristine() const {
+    return std::all_of(files_.writable.begin(), files_.writable.end(),
+                       [](const PristineDirectory& d) { return d.untouched(); });
+  }
+
+  // --- in the child -----------------------------------------------------------------------------
+
+  [[noreturn]] void live(const Pipe& out, const Pipe& err) {
+    ::sigaction(SIGINT, &interrupt_, nullptr);
+    if (const SetupError e = give_up_privileges()) fail(e);
+    hooks_.prepare(hooks_.context);
+    Message run;
     std::string payload;
-    ::prctl(PR_SET_DUMPABLE, 1);  // undumpable, /proc/self would not be its own
-    const SetupError error = read_all(kPayload, &payload) ? confine_snippet(plan_, request.limits)
-                                                          : failed(SetupStep::kPayload);
-    if (error) {
-      child.report->error = error;
-      ::_exit(1);
+    std::vector<UniqueFd> fds;
+    Received got = Received::kNothing;
+    while (got == Received::kNothing) got = receive_message(kControlFd, &run, &fds, &payload);
+    if (got == Received::kClosed) ::_exit(0);
+    if (run.collect_bytes > 0) {
+      const std::size_t n = std::min<std::size_t>(run.collect_bytes, kMaxCollectBytes - 1);
+      std::copy_n(payload.data(), n, report_->collect.data());
+      payload.erase(0, run.collect_bytes);
     }
-    ::close(kPayload);
-    struct sigaction initial{};
-    initial.sa_handler = SIG_DFL;
-    ::sigaction(SIGTERM, &initial, nullptr);
-    unmap(child.report);
-    hooks_.after_fork_child(hooks_.context);
-    ::_exit(hooks_.run(hooks_.context, payload, &child.hint->out_of_memory));
+    report_->memory_bytes = run.limits.memory_bytes;
+    report_->started = true;
+    std::size_t next = 0;
+    if (run.payload_is_file) {
+      payload.clear();
+      if (!read_all(fds[next++].get(), &payload)) fail(failed(SetupStep::kPayload));
+    }
+    const int input = run.has_stdin ? fds[next++].get() : -1;
+    const int dialogue = run.has_dialogue ? fds[next].get() : -1;
+    if (const SetupError e = arrange_fds(input, out, err, dialogue)) fail(e);
+    for (UniqueFd& fd : fds) static_cast<void>(fd.release());  // closed with the rest just now
+    if (const SetupError e = apply_rlimits(run.limits, plan_.baseline, plan_.processes_of_ours)) fail(e);
+    ::munmap(report_, sizeof(Report));
+    const GuestJob job{.payload = std::move(payload),
+                       .out_of_memory = &hint_->out_of_memory,
+                       .has_dialogue = run.has_dialogue};
+    ::_exit(hooks_.run(hooks_.context, job));
   }
 
-  int control_;
-  GuestHooks hooks_;
-  ChildPlan plan_;
-  std::vector<Child> children_;
+  [[noreturn]] void fail(const SetupError& error) {
+    report_->error = error;
+    ::_exit(1);
+  }
+
+  [[nodiscard]] SetupError raise_oom_score() const {
+    const UniqueFd fd(::openat(files_.full_proc.get(), "self/oom_score_adj", O_WRONLY | O_CLOEXEC));
+    if (!fd || ::write(fd.get(), kOomScore.data(), kOomScore.size()) < 0) {
+      return failed(SetupStep::kOomScore);
+    }
+    return {};
+  }
+
+  // After it nothing can be undone.
+  [[nodiscard]] SetupError give_up_privileges() const {
+    // Undumpable, /proc/self would not be our own.
+    if (::prctl(PR_SET_DUMPABLE, 1) != 0) return failed(SetupStep::kSetIds, 4);
+    if (const SetupError e = raise_oom_score()) return e;
+    if (::setsid() < 0) return failed(SetupStep::kSession);
+    if (::setresgid(kSnippetUid, kSnippetUid, kSnippetUid) != 0 ||
+        ::setresuid(kSnippetUid, kSnippetUid, kSnippetUid) != 0) {
+      return failed(SetupStep::kSetIds, 5);
+    }
+    if (const SetupError e = drop_capabilities()) return e;
+    // The change of uid made us undumpable again.
+    if (::prctl(PR_SET_DUMPABLE, 1) != 0) return failed(SetupStep::kSetIds, 6);
+    if (::chdir(kWorkingDirectory) != 0) return failed(SetupStep::kWorkingDirectory, 1);
+    return {};
+  }
+
+  // 0, 1, 2 and, for a dialogue, 3; nothing else is open afterwards.
+  static SetupError arrange_fds(int input, const Pipe& out, const Pipe& err, int dialogue) {
+    // Never one that an earlier snippet had: flags and locks belong to what was opened once.
+    const int empty = input < 0 ? ::open("/dev/null", O_RDONLY | O_CLOEXEC) : input;
+    const std::array<int, 3> sources{empty, out.write_end.get(), err.write_end.get()};
+    for (int target = 0; target < 3; ++target) {
+      if (::dup2(sources[static_cast<std::size_t>(target)], target) != target) {
+        return failed(SetupStep::kFileDescriptors, target);
+      }
+    }
+    unsigned first_unwanted = kDialogueFd;
+    if (dialogue >= 0) {
+      if (::dup2(dialogue, kDialogueFd) != kDialogueFd) {
+        return failed(SetupStep::kFileDescriptors, kDialogueFd);
+      }
+      ++first_unwanted;
+    }
+    if (::syscall(kSysCloseRange, first_unwanted, ~0U, 0U) != 0) {
+      return failed(SetupStep::kFileDescriptors, 4);
+    }
+    return {};
+  }
+
+  const JailPlan& plan_;
+  const std::uint32_t layers_;
+  const JailFiles files_;
+  const GuestHooks& hooks_;
+  Report* const report_;
+  Hint* const hint_;
+  struct sigaction interrupt_{};
+  UniqueFd pidfd_;
 };
-
-// A fork copies one thread; locks the others held would stay locked in every child.
-SetupError check_single_threaded() {
-  std::error_code error;
-  int threads = 0;
-  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/task", error)) {
-    static_cast<void>(entry);
-    ++threads;
-  }
-  return threads == 1 ? SetupError{} : SetupError{SetupStep::kSingleThread, EBUSY, threads};
-}
 
 }  // namespace
 
-void serve_zygote(int control_fd, const JailSpec& jail, const GuestHooks& hooks) {
-  SetupError error = check_single_threaded();
-  if (!error) error = enter_jail(jail);
-  if (error) {
-    send_message(control_fd, {.kind = MessageKind::kStartFailed, .error = error});
-    ::_exit(1);
-  }
-  Zygote(control_fd, jail, hooks).serve();
+void serve_snippets(const JailPlan& plan, std::uint32_t layers, JailFiles files,
+                    const GuestHooks& hooks) {
+  Zygote(plan, layers, std::move(files), hooks).serve();
 }
 
 }  // namespace thor

@@ -152,9 +152,11 @@ except BlockingIOError:
         assert (result.status, result.stdout) == (Status.OK, "7\n")
 
     def test_killing_the_parent_harms_nobody(self, sandbox: Sandbox) -> None:
-        code = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nprint('still here')"
+        """Whether the attempt is ignored or refused is the backend's."""
+        code = "import os, signal\nprint('x')\nos.kill(os.getppid(), signal.SIGKILL)"
         result = sandbox.execute(code)
-        assert (result.status, result.stdout) == (Status.OK, "still here\n")
+        assert result.stdout == "x\n"
+        assert result.status is Status.OK or "PermissionError" in result.stderr
 
     @pytest.mark.parametrize(
         ("code", "signal"),

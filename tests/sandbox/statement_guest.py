@@ -1,4 +1,4 @@
-"""Runs each block it is sent in a fork of its own: ``python -I -S statement_guest.py <sandbox>``.
+"""Runs each block it is sent in a fork of its own: ``python -I -S statement_guest.py <guest folder>``.
 
 A request is a line of JSON on stdin, with ``pieces`` to feed or ``whole`` to run at once, the
 reference. The fork's output goes to the files ``stdout`` and ``stderr`` of the current directory,
@@ -71,12 +71,12 @@ def run(module: Any, request: dict[str, Any]) -> int:
             return error.code or 0
         print(error.code, file=sys.stderr)
     elif error is not None:
-        load(sys.argv[1], "_report").show_exception(error)
+        load(sys.argv[1], "report").show_exception(error)
     return int(error is not None)
 
 
 def serve() -> int:
-    module = load(sys.argv[1], "_statements")
+    module = load(sys.argv[1], "statements")
     while line := sys.stdin.readline():
         pid = os.fork()
         if pid == 0:

@@ -12,14 +12,14 @@ import pytest
 
 from . import statement_guest
 
-SANDBOX = str(Path(__file__).parents[2] / "thor_fast" / "sandbox")
+GUEST = str(Path(__file__).parents[2] / "thor_fast" / "sandbox" / "guest")
 NOW = 1_700_000_000.5
 START = f"""
 import sys
 sys.path.append({str(Path(__file__).parent)!r})
 import statement_guest
 EARLY
-statement_guest.load({SANDBOX!r}, "_frozen").make_deterministic(SEED, {NOW})
+statement_guest.load({GUEST!r}, "frozen").make_deterministic(SEED, {NOW})
 """
 EARLY = (
     "import numpy.random, uuid, queue, selectors, subprocess, asyncio, concurrent.futures, "
@@ -262,7 +262,7 @@ def test_nothing_changes_where_it_is_not_asked_for() -> None:
                   random.Random.seed, threading.Condition.wait, list(sys.meta_path)]
         sys.path.append({str(Path(__file__).parent)!r})
         import statement_guest
-        statement_guest.load({SANDBOX!r}, "_frozen")
+        statement_guest.load({GUEST!r}, "frozen")
         print(before == [time.time, time.sleep, vars(datetime.datetime)["now"], os.urandom,
                          random.Random.seed, threading.Condition.wait, list(sys.meta_path)])
     """
@@ -273,4 +273,4 @@ def test_nothing_changes_where_it_is_not_asked_for() -> None:
         check=True,
     )
     assert done.stdout == "True\n"
-    assert statement_guest.load(SANDBOX, "_clock").Clock(0).wall_ns() == 0
+    assert statement_guest.load(GUEST, "clock").Clock(0).wall_ns() == 0

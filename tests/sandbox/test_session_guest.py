@@ -13,10 +13,10 @@ import pytest
 
 from . import statement_guest
 
-SANDBOX = str(Path(__file__).parents[2] / "thor_fast" / "sandbox")
-statements = statement_guest.load(SANDBOX, "_statements")
-session_module = statement_guest.load(SANDBOX, "_session")
-report = statement_guest.load(SANDBOX, "_report")
+GUEST = str(Path(__file__).parents[2] / "thor_fast" / "sandbox" / "guest")
+statements = statement_guest.load(GUEST, "statements")
+session_module = statement_guest.load(GUEST, "session")
+report = statement_guest.load(GUEST, "report")
 
 
 class Blocks:

@@ -21,9 +21,9 @@ from .statement_programs import INVALID, INVALID_AS_TEXT, REVEALING, TYPICAL, VA
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-SANDBOX = str(Path(__file__).parents[2] / "thor_fast" / "sandbox")
+GUEST = str(Path(__file__).parents[2] / "thor_fast" / "sandbox" / "guest")
 PLAIN = [sys.executable, "-I", "-S", "-B", "-X", "utf8"]
-statements = statement_guest.load(SANDBOX, "_statements")
+statements = statement_guest.load(GUEST, "statements")
 
 
 class Result(NamedTuple):
@@ -38,7 +38,7 @@ class Guest:
     def __init__(self, folder: Path):
         self._folder = folder
         self._process = subprocess.Popen(
-            [*PLAIN, statement_guest.__file__, SANDBOX],
+            [*PLAIN, statement_guest.__file__, GUEST],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

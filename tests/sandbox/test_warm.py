@@ -18,7 +18,7 @@ from thor_fast.sandbox.tiers import default_tiers
 if TYPE_CHECKING:
     from types import ModuleType
 
-WARM = Path(tiers_module.__file__).with_name("_warm.py")
+WARM = Path(tiers_module.__file__).with_name("guest") / "warm.py"
 TIERS = {tier.name: tier for tier in default_tiers()}
 
 # Does what a template does, and prints what could have been left behind.

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     **dict.fromkeys(VOCABULARY, VOCABULARY),
     "kernels": set(),
     "sandbox": VOCABULARY | {"_core"},
+    "sandbox.guest": set(),  # runs where the package cannot be imported
     "tools": VOCABULARY,
     "engines.base": VOCABULARY,
     "engines": VOCABULARY | {"kernels"},

@@ -1,4 +1,4 @@
-"""How the zygote is started: which interpreter, what it may see, with which environment."""
+"""How templates are started: which interpreter, what it may see, with which environment."""
 
 from __future__ import annotations
 
@@ -11,53 +11,47 @@ from typing import TYPE_CHECKING
 from thor_fast import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
-__all__ = ["STDLIB_PRELOAD", "zygote_command", "zygote_environment"]
+    from thor_fast.sandbox.tiers import Tier
+    from thor_fast.sandbox.wire import Determinism
 
-STDLIB_PRELOAD = (
-    "bisect",
-    "cmath",
-    "collections",
-    "contextlib",
-    "copy",
-    "dataclasses",
-    "datetime",
-    "decimal",
-    "fractions",
-    "functools",
-    "heapq",
-    "itertools",
-    "math",
-    "operator",
-    "random",
-    "re",
-    "statistics",
-    "string",
-    "time",
-    "typing",
-)
-"""What short numeric snippets import. All of it costs a fork under 0.1 ms."""
+__all__ = ["template_command", "template_environment"]
 
 # Interpreter and shared libraries; the loader's cache spares a search on every library load.
 _SYSTEM_PATHS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache")
 
 
-def zygote_command(preload: Iterable[str]) -> list[str]:
-    """The zygote's argv: this interpreter, isolated, without ``site`` and its start-up hooks."""
+def template_command(
+    tier: Tier,
+    required: Collection[str],
+    determinism: Determinism | None,
+    cgroups: _core.CgroupPool | None,
+) -> list[str]:
+    """A template's argv: this interpreter without ``site`` and its start-up hooks.
+
+    Not ``-I``: the environment is ours alone, and it fixes the hash seed.
+    """
     paths = sysconfig.get_paths()
     site_packages = list(dict.fromkeys((paths["purelib"], paths["platlib"])))
     config = {
         "core": _core.__file__,
         "paths": site_packages,
-        "preload": list(preload),
-        "readonly": _readonly_paths(site_packages),
+        "preload": tier.modules,
+        "routines": tier.routines,
+        "deterministic": determinism is not None,
+        "jail": {
+            "readonly": _readonly_paths(site_packages),
+            "required": sorted(required),
+            "memory_cgroup": cgroups is not None,
+            "cgroup_path": "" if cgroups is None else cgroups.path,
+        },
     }
-    guest = Path(__file__).with_name("_guest.py")
-    return [sys.executable, "-I", "-S", str(guest), json.dumps(config)]
+    guest = Path(__file__).with_name("guest") / "bootstrap.py"
+    return [sys.executable, "-P", "-S", "-s", "-B", str(guest), json.dumps(config)]
 
 
-def zygote_environment() -> list[str]:
+def template_environment(determinism: Determinism | None) -> list[str]:
     """The whole environment of every snippet: nothing of ours, so no secret of ours."""
     return [
         "HOME=/tmp/work",
@@ -70,6 +64,8 @@ def zygote_environment() -> list[str]:
         "MKL_NUM_THREADS=1",
         # Each malloc arena reserves 64 MB of the address space that RLIMIT_AS counts.
         "MALLOC_ARENA_MAX=2",
+        # One seed for all snippets of a template, as they are forks of one interpreter.
+        f"PYTHONHASHSEED={'random' if determinism is None else determinism.seed % 2**32}",
     ]
 
 

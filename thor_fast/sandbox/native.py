@@ -1,8 +1,8 @@
-"""The native sandbox: snippets run in forks of a warm interpreter, each in namespaces of its own.
+"""The native sandbox: snippets run in forks of warm interpreters, jailed.
 
-The C++ orchestrator (``csrc/core``) starts the interpreter, feeds it, watches clocks and pipes and
-kills; this file translates requests and results, and joins the orchestrator to asyncio through one
-eventfd per event loop. No thread waits per call and the GIL is free while anything waits.
+The C++ orchestrator (``csrc/core``) starts the interpreters, feeds them, watches clocks and pipes
+and kills; this file translates requests and results, and joins the orchestrator to threads and
+event loops. No thread waits per call and the GIL is free while anything waits.
 
 What isolates a snippet, and what does not, is in ``docs/sandbox-security.md``.
 """
@@ -17,31 +17,50 @@ from typing import TYPE_CHECKING, Self
 
 from thor_fast import _core
 from thor_fast.errors import SandboxError
-from thor_fast.sandbox.launch import STDLIB_PRELOAD, zygote_command, zygote_environment
-from thor_fast.sandbox.wire import SandboxLimits, decode_result, encode_request
-from thor_fast.types import ExecutionRequest, ExecutionResult
+from thor_fast.sandbox.completions import LoopSink, ThreadSink
+from thor_fast.sandbox.dialogue import Session, Step, Stream
+from thor_fast.sandbox.launch import template_command, template_environment
+from thor_fast.sandbox.layers import REQUIRED_LAYERS, check_layers
+from thor_fast.sandbox.tiers import choose_tier, default_tiers
+from thor_fast.sandbox.wire import (
+    Determinism,
+    Mode,
+    SandboxLimits,
+    decode_result,
+    encode_limits,
+    encode_request,
+)
+from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
     from types import TracebackType
 
-__all__ = ["NativeSandbox", "SandboxLimits"]
+    from thor_fast._core import Completion
+    from thor_fast.sandbox.tiers import Tier
 
-# How often a blocking wait wakes to let Python run signal handlers (Ctrl-C).
-_SIGNAL_CHECK_MS = 100
+__all__ = ["NativeSandbox"]
 
 
 class NativeSandbox:
     r"""Runs Python snippets; implements :class:`thor_fast.sandbox.base.Sandbox`.
 
-    ``slots``: snippets that run at a time; default: the CPUs this process may use. More make
-    limits meaningless: snippets would time out waiting for each other. ``limits``: what a request
-    that names none gets. ``preload``: modules imported once, before the first snippet; each makes
-    the snippets that use it faster and all others a little slower. ``queue_capacity``: requests
-    that may wait; one more raises ``SandboxError`` at once.
+    Args:
+        slots: snippets that run at a time; default: the CPUs this process may use. With more,
+            limits mean less: snippets time out waiting for each other.
+        limits: what a request that names none gets.
+        tiers: which warm interpreters there are; a snippet's imports choose. The first starts at
+            once, each other when it is first asked for (see :meth:`warm_up`).
+        required: layers of isolation whose absence is an error, by name; by default all but
+            ``landlock`` and ``memory_cgroup``, which are used where the host has them.
+        deterministic: the same code gives the same output.
+        max_dialogues: streams and sessions open at a time; one more raises ``SandboxError``.
+        queue_capacity: requests that may wait; one more raises ``SandboxError`` at once.
+        startup_timeout_s: for an interpreter to warm up, or a jail to be made.
 
-    Raises ``SandboxError`` if the host does not grant what the jail needs; the message names the
-    step and the system's error.
+    Raises ``SandboxError`` if the host does not grant a layer; the message names the step and the
+    system's error. May be used from several threads and event loops; a fork of the process must
+    make its own.
 
     >>> with NativeSandbox(slots=1) as sandbox:
     ...     result = sandbox.execute("print(6 * 7)")
@@ -54,26 +73,40 @@ class NativeSandbox:
         *,
         slots: int | None = None,
         limits: SandboxLimits | None = None,
-        preload: Sequence[str] = STDLIB_PRELOAD,
+        tiers: Sequence[Tier] | None = None,
+        required: Collection[str] = REQUIRED_LAYERS,
+        deterministic: Determinism | None = None,
+        max_dialogues: int = 64,
         queue_capacity: int = 65_536,
         startup_timeout_s: float = 60.0,
     ) -> None:
         self._limits = limits or SandboxLimits()
+        self._tiers = default_tiers() if tiers is None else tuple(tiers)
+        self._deterministic = deterministic
         self._owner_pid = os.getpid()
         self._lock = threading.Lock()
-        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopSink] = (
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopSink] = (
             weakref.WeakKeyDictionary()
         )
         slots = len(os.sched_getaffinity(0)) if slots is None else slots
         if slots < 1:
             raise ValueError(f"slots is {slots}, expected >= 1")
+        cgroups = _core.CgroupPool()
+        inside = check_layers(required, cgroups)
+        self._memory_cgroup = cgroups.granted
+        pool = cgroups if cgroups.granted else None
         try:
             self._orchestrator = _core.Orchestrator(
-                argv=zygote_command(preload),
-                env=zygote_environment(),
+                tiers=[
+                    (tier.name, template_command(tier, inside, deterministic, pool))
+                    for tier in self._tiers
+                ],
+                env=template_environment(deterministic),
                 slots=slots,
+                max_dialogues=max_dialogues,
                 queue_capacity=queue_capacity,
                 startup_timeout_s=startup_timeout_s,
+                cgroups=pool,
             )
         except _core.StartError as error:
             raise SandboxError(str(error)) from None
@@ -87,40 +120,100 @@ class NativeSandbox:
 
     def execute_batch(self, requests: Sequence[ExecutionRequest | str]) -> list[ExecutionResult]:
         """Run many; results in the order of the requests."""
-        sink = _core.CompletionQueue()
+        results = dict(self.as_completed(requests))
+        return [results[index] for index in range(len(requests))]
+
+    def as_completed(
+        self, requests: Iterable[ExecutionRequest | str]
+    ) -> Iterator[tuple[int, ExecutionResult]]:
+        """Run many; each result, with the index of its request, as soon as there is one.
+
+        Leaving early kills what still runs.
+        """
+        sink = ThreadSink()
         waiting: dict[int, int] = {}
-        results: dict[int, ExecutionResult] = {}
-
-        def take() -> None:
-            for done in sink.wait(timeout_ms=_SIGNAL_CHECK_MS):
-                results[waiting.pop(done[0])] = decode_result(done)
-
         try:
             for index, request in enumerate(requests):
-                waiting[self._submit(request, sink)] = index
+                waiting[self._submit(request, sink.queue)] = index
             while waiting:
-                take()
-        except BaseException:
+                for done in sink.wait():
+                    yield waiting.pop(done[0]), decode_result(done)
+        finally:
             for ticket in waiting:
                 self._orchestrator.cancel(ticket)
-            while waiting:  # the slots are free again when the caller sees the exception
-                take()
-            raise
-        return [results[index] for index in range(len(requests))]
+            while waiting:  # the slots are free again when the caller goes on
+                for done in sink.wait():
+                    waiting.pop(done[0])
 
     async def submit(self, request: ExecutionRequest | str) -> ExecutionResult:
         """Run one snippet without blocking the event loop; cancelling kills the snippet."""
-        sink = self._loop_sink(asyncio.get_running_loop())
-        ticket = self._submit(request, sink.queue)
-        future = sink.expect(ticket)
-        try:
-            return await future
-        except asyncio.CancelledError:
-            self._orchestrator.cancel(ticket)
-            raise
+        done = await self._submit_async(lambda queue: self._submit(request, queue))
+        return decode_result(done)
+
+    def open(self, request: ExecutionRequest | None = None) -> Stream:
+        """A block that runs while its text arrives; ``request`` gives all but its code.
+
+        Raises ``SandboxError`` when ``max_dialogues`` are open.
+        """
+        request = ExecutionRequest("") if request is None else request
+        opening = self._encode(request, mode="stream", life_s=_STREAM_LIFE_S)
+        return Stream(self, self._open_dialogue(opening), request)
+
+    def session(
+        self,
+        request: ExecutionRequest | None = None,
+        *,
+        rewindable: bool = False,
+        life_s: float = 3600.0,
+    ) -> Session:
+        """A namespace that several blocks share; ``request.code`` is the first, if not empty.
+
+        ``rewindable``: keep the state before each block, to go back to; costs a fork a block.
+        ``life_s``: after that time since its first block it is over, whatever it does.
+        Raises ``SandboxError`` when ``max_dialogues`` are open.
+        """
+        request = ExecutionRequest("") if request is None else request
+        mode: Mode = "rewindable session" if rewindable else "session"
+        opening = self._encode(request, mode=mode, life_s=life_s)
+        return Session(self, self._open_dialogue(opening), request, rewindable=rewindable)
+
+    def warm_up(self, *tiers: str) -> None:
+        """Have these tiers ready, all by default; blocks until they are.
+
+        Raises ``ValueError`` for an unknown name and ``SandboxError`` for one that cannot start.
+        """
+        names = [tier.name for tier in self._tiers]
+        for name in tiers:
+            if name not in names:
+                raise ValueError(f"tier is {name!r}, expected one of {', '.join(names)}")
+        for index, name in enumerate(names):
+            if tiers and name not in tiers:
+                continue
+            sink = ThreadSink()
+            request = encode_request(
+                ExecutionRequest(""), self._limits, tier=index, determinism=self._deterministic
+            )
+            result = decode_result(sink.take(self._enqueue(request, sink.queue)))
+            if result.status is not Status.OK:
+                raise SandboxError(f"tier {name!r} did not start: {result.error or result.stderr}")
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The warm interpreters, from light to heavy."""
+        return self._tiers
+
+    @property
+    def layers(self) -> frozenset[str]:
+        """The layers of isolation in force, of those that a host may lack."""
+        inside = frozenset(self._orchestrator.layers())
+        return inside | {"memory_cgroup"} if self._memory_cgroup else inside
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start: submitted, completed, zygote_starts; now: queued, running."""
+        """Counts since the start, and of what there is now.
+
+        Since the start: submitted, completed, jails_made, jails_discarded (a snippet left traces),
+        template_starts. Now: queued, running, dialogues, jails.
+        """
         return self._orchestrator.stats()
 
     def close(self) -> None:
@@ -139,7 +232,76 @@ class NativeSandbox:
     ) -> None:
         self.close()
 
-    def _submit(self, request: ExecutionRequest | str, sink: _core.CompletionQueue) -> int:
+    # --- for streams and sessions too -----------------------------------------------------------
+
+    def _step(self, dialogue: int, step: Step, queue: _core.CompletionQueue) -> int:
+        self._check_usable()
+        try:
+            return self._orchestrator.step(
+                dialogue,
+                step.data,
+                encode_limits(step.limits, self._limits),
+                choose_tier(step.code, self._tiers),
+                queue,
+            )
+        except (_core.QueueFullError, _core.StartError) as error:
+            raise SandboxError(str(error)) from None
+
+    def _timeout_of(self, request: ExecutionRequest) -> float:
+        return self._limits.timeout_s if request.timeout_s is None else request.timeout_s
+
+    async def _submit_async(
+        self, submit: Callable[[_core.CompletionQueue], int]
+    ) -> Completion:
+        """Await the completion of what ``submit`` queues; cancelling cancels it."""
+        sink = self._loop_sink(asyncio.get_running_loop())
+        ticket = submit(sink.queue)
+        future = sink.expect(ticket)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._orchestrator.cancel(ticket)
+            raise
+
+    def _close_dialogue(self, dialogue: int) -> None:
+        if os.getpid() == self._owner_pid:
+            self._orchestrator.close_dialogue(dialogue)
+
+    # --- our own --------------------------------------------------------------------------------
+
+    def _submit(self, request: ExecutionRequest | str, queue: _core.CompletionQueue) -> int:
+        if isinstance(request, str):
+            request = ExecutionRequest(request)
+        return self._enqueue(self._encode(request), queue)
+
+    def _encode(
+        self, request: ExecutionRequest, *, mode: Mode = "block", life_s: float = 1.0
+    ) -> _core.Request:
+        tier = choose_tier(request.code, self._tiers) if isinstance(request.code, str) else 0
+        return encode_request(
+            request,
+            self._limits,
+            tier=tier,
+            mode=mode,
+            determinism=self._deterministic,
+            life_s=life_s,
+        )
+
+    def _enqueue(self, request: _core.Request, queue: _core.CompletionQueue) -> int:
+        self._check_usable()
+        try:
+            return self._orchestrator.submit(request, queue)
+        except (_core.QueueFullError, _core.StartError) as error:
+            raise SandboxError(str(error)) from None
+
+    def _open_dialogue(self, opening: _core.Request) -> int:
+        self._check_usable()
+        try:
+            return self._orchestrator.open_dialogue(opening)
+        except _core.QueueFullError as error:
+            raise SandboxError(str(error)) from None
+
+    def _check_usable(self) -> None:
         if self._closed:
             raise SandboxError("the sandbox is closed")
         if os.getpid() != self._owner_pid:
@@ -147,46 +309,17 @@ class NativeSandbox:
                 f"this sandbox belongs to process {self._owner_pid}, got a call from its fork "
                 f"{os.getpid()}: create one there"
             )
-        if isinstance(request, str):
-            request = ExecutionRequest(request)
-        try:
-            return self._orchestrator.submit(sink, **encode_request(request, self._limits))
-        except (_core.QueueFullError, _core.StartError) as error:
-            raise SandboxError(str(error)) from None
 
-    def _loop_sink(self, loop: asyncio.AbstractEventLoop) -> _LoopSink:
+    def _loop_sink(self, loop: asyncio.AbstractEventLoop) -> LoopSink:
         with self._lock:
             sink = self._loops.get(loop)
             if sink is None:
-                sink = self._loops[loop] = _LoopSink(loop)
+                sink = self._loops[loop] = LoopSink(loop)
             return sink
 
 
-class _LoopSink:
-    """Delivers results on one event loop: a reader on the queue's eventfd resolves futures."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.queue = _core.CompletionQueue()
-        # A weak reference: the sink is a value of a mapping keyed weakly by the loop.
-        self._loop = weakref.ref(loop)
-        self._futures: dict[int, asyncio.Future[ExecutionResult]] = {}
-
-    def expect(self, ticket: int) -> asyncio.Future[ExecutionResult]:
-        loop = self._loop()
-        assert loop is not None  # we run on it
-        if not self._futures:
-            # Only while something is awaited, so that an idle loop may be closed and collected.
-            loop.add_reader(self.queue.event_fd(), self._deliver, loop)
-        future = self._futures[ticket] = loop.create_future()
-        return future
-
-    def _deliver(self, loop: asyncio.AbstractEventLoop) -> None:
-        for done in self.queue.drain():
-            future = self._futures.pop(done[0])
-            if not future.done():
-                future.set_result(decode_result(done))
-        if not self._futures:
-            loop.remove_reader(self.queue.event_fd())
+# A stream lives while its text is written; a model that needs longer has gone.
+_STREAM_LIFE_S = 3600.0
 
 
 def _close(orchestrator: _core.Orchestrator, owner_pid: int) -> None:

@@ -28,7 +28,7 @@ class Tier:
     modules: tuple[str, ...]
     """Imported by the template, in this order."""
     routines: tuple[str, ...]
-    """Names of warm-up routines of ``_warm.py``, run after the imports."""
+    """Names of warm-up routines of ``guest/warm.py``, run after the imports."""
 
     @cached_property
     def packages(self) -> frozenset[str]:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import marshal
+import os
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
+from thor_fast import _core
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
 if TYPE_CHECKING:
     from thor_fast._core import Completion
 
-__all__ = ["SandboxLimits", "decode_result", "encode_request"]
+__all__ = [
+    "Determinism",
+    "Mode",
+    "SandboxLimits",
+    "decode_reply",
+    "decode_result",
+    "encode_limits",
+    "encode_request",
+    "encode_step",
+]
 
 # The newest format that every supported interpreter reads and writes.
 _MARSHAL_VERSION = 4
@@ -21,6 +33,9 @@ _MOST_SECONDS = 10**9
 _MOST_COUNT = 2**50
 # Half of the working directory's tmpfs, which the snippet needs room in too.
 _MOST_FILE_BYTES = 32 << 20
+# csrc/core/protocol.h and collect.h: what fits one message and one page.
+_MOST_COLLECTED = 32
+_MOST_COLLECT_BYTES = 3_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +64,31 @@ class SandboxLimits:
         )
 
 
-def encode_request(request: ExecutionRequest, defaults: SandboxLimits) -> dict[str, Any]:
-    """Keyword arguments of ``_core.Orchestrator.submit``.
+@dataclass(frozen=True, slots=True)
+class Determinism:
+    """The same code gives the same output: see ``guest/frozen.py`` for what is covered.
+
+    ``seed``: of hashes, ``random``, numpy and what asks the system for entropy. ``now``: seconds
+    since the epoch that the first reading of a clock gives.
+    """
+
+    seed: int = 0
+    now: float = 1_700_000_000.0
+
+
+Mode = Literal["block", "stream", "session", "rewindable session"]
+
+
+def encode_request(
+    request: ExecutionRequest,
+    defaults: SandboxLimits,
+    *,
+    tier: int,
+    mode: Mode = "block",
+    determinism: Determinism | None = None,
+    life_s: float = 1.0,
+) -> _core.Request:
+    """What the core is asked. ``life_s`` is of a stream or session.
 
     Raises ``ValueError`` or ``TypeError`` for what a caller got wrong; code that does not compile
     or text that is no valid Unicode is not wrong, it is data.
@@ -59,6 +97,23 @@ def encode_request(request: ExecutionRequest, defaults: SandboxLimits) -> dict[s
         raise ValueError(f"language is {request.language!r}, expected 'python'")
     if not isinstance(request.code, str):
         raise TypeError(f"code is {type(request.code).__name__}, expected str")
+    stdin = request.stdin
+    fixed = None if determinism is None else (determinism.seed, determinism.now)
+    payload = (mode, request.code, _checked_files(request), _checked_env(request), fixed)
+    return _core.Request(
+        payload=marshal.dumps(payload, _MARSHAL_VERSION),
+        stdin_data=stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin,
+        limits=encode_limits(request, defaults),
+        tier=tier,
+        priority=_checked_priority(request.priority),
+        collect=_checked_collect(request.collect),
+        accumulate=mode == "stream",
+        life_s=life_s,
+    )
+
+
+def encode_limits(request: ExecutionRequest, defaults: SandboxLimits) -> _core.Limits:
+    """The request's limits, the sandbox's where it names none."""
     limits = {
         name: getattr(defaults if getattr(request, name) is None else request, name)
         for name in ("timeout_s", "cpu_s", "memory_bytes", "max_output_bytes", "max_processes")
@@ -66,18 +121,12 @@ def encode_request(request: ExecutionRequest, defaults: SandboxLimits) -> dict[s
     if limits["cpu_s"] is None:
         limits["cpu_s"] = limits["timeout_s"]
     _check_limits(**limits)
-    stdin = request.stdin
-    payload = (request.code, _checked_files(request), _checked_env(request))
-    return {
-        "payload": marshal.dumps(payload, _MARSHAL_VERSION),
-        "stdin_data": stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin,
-        **limits,
-    }
+    return _core.Limits(**limits)
 
 
 def decode_result(done: Completion) -> ExecutionResult:
     """The result behind one completion; output that is not UTF-8 is shown with replacements."""
-    _, status, stdout, stderr, exit_code, signal, wall_s, cpu_s, peak, truncated, error = done
+    _, status, stdout, stderr, exit_code, signal, wall_s, cpu_s, peak, truncated, files, _, error = done
     return ExecutionResult(
         status=Status(status),
         stdout=stdout.decode("utf-8", "replace"),
@@ -89,7 +138,28 @@ def decode_result(done: Completion) -> ExecutionResult:
         peak_memory_bytes=peak,
         truncated=truncated,
         error=error,
+        files=files,
     )
+
+
+def encode_step(*step: object) -> bytes:
+    """A step of a dialogue, as ``guest/dialogue.py`` reads it."""
+    return marshal.dumps(step, _MARSHAL_VERSION)
+
+
+def decode_reply(done: Completion) -> tuple[object, ...] | None:
+    """What a dialogue's guest answered; ``None`` if its process is over.
+
+    The snippet could have written it: as JSON it cannot harm us, and no answer makes this raise.
+    """
+    reply = done[-2]
+    if not reply:
+        return None
+    try:
+        answer = json.loads(reply)
+    except (ValueError, RecursionError):
+        return ("garbled",)
+    return tuple(answer) if isinstance(answer, list) and answer else ("garbled",)
 
 
 def _check_limits(**limits: float | None) -> None:
@@ -113,6 +183,26 @@ def _checked_files(request: ExecutionRequest) -> dict[str, bytes]:
     if total > _MOST_FILE_BYTES:
         raise ValueError(f"files hold {total} bytes, expected at most {_MOST_FILE_BYTES}")
     return {name: bytes(content) for name, content in request.files.items()}
+
+
+def _checked_collect(paths: tuple[str, ...]) -> list[str]:
+    for path in paths:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path:
+            raise ValueError(f"path to collect {path!r}, expected a relative one without '..'")
+    size = sum(len(os.fsencode(path)) + 1 for path in paths)
+    if len(paths) > _MOST_COLLECTED or size > _MOST_COLLECT_BYTES:
+        raise ValueError(
+            f"{len(paths)} paths to collect with {size} bytes, expected at most "
+            f"{_MOST_COLLECTED} with {_MOST_COLLECT_BYTES}"
+        )
+    return list(paths)
+
+
+def _checked_priority(priority: int) -> int:
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) >= 2**31:
+        raise ValueError(f"priority is {priority!r}, expected a whole number of 32 bits")
+    return priority
 
 
 def _checked_env(request: ExecutionRequest) -> dict[str, str]:

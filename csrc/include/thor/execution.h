@@ -3,7 +3,9 @@
 
 #include <chrono>
 #include <cstdint>
+#include <map>
 #include <string>
+#include <vector>
 
 namespace thor {
 
@@ -23,6 +25,14 @@ struct Request {
   std::string payload;  // opaque here: what the guest is handed (source, files, environment)
   std::string stdin_data;
   Limits limits;
+  std::uint32_t tier = 0;     // which template's jails; one that cannot start is replaced by a lighter
+  std::int32_t priority = 0;  // higher goes first; equals in the order of submission
+  // Paths below the working directory whose contents the result shall hold.
+  std::vector<std::string> collect;
+  // Only where it opens a dialogue. What its steps write is one output, and their time one time,
+  // which the last step's result holds.
+  bool accumulate = false;
+  std::chrono::nanoseconds life{std::chrono::hours(1)};  // of the dialogue, from its first step
 };
 
 struct Result {
@@ -35,6 +45,8 @@ struct Result {
   std::chrono::nanoseconds cpu{0};
   std::uint64_t peak_memory_bytes = 0;
   bool truncated = false;
+  std::map<std::string, std::string> files;  // those of Request::collect that there are
+  std::string reply;                         // of a dialogue's guest; empty otherwise
   std::string error;  // for kInfra: what of ours failed
 };
 

@@ -1,12 +1,13 @@
-// Runs snippets in a zygote's children; the one object a host process needs.
+// Runs snippets in the jails of warm interpreters; the one object a host process needs.
 //
-//   caller threads          orchestrator thread (epoll)             zygote (other process)
-//   submit() -- queue ---->  RUN + fds over SEQPACKET  ------------> clone a jailed child
-//                            <------------------- STARTED + pidfd --
-//                            drains stdout/stderr, watches the clock,
-//                            kills by pidfd
-//                            <---------------------------- EXITED --  wait4
-//   CompletionQueue <------  classify, push
+//   caller threads      orchestrator thread (epoll)              templates, one per tier
+//   submit() -- queue -->  picks a jail whose child waits    MAKE_JAIL -> clone a jail: a zygote
+//                          RUN ------------------------------------------> its parked child runs
+//                          drains stdout and stderr, watches the clock,
+//                          kills by pidfd
+//                          <---------------- EXITED from the zygote, its namespace empty again
+//   CompletionQueue <----  verdict, push
+//                          <---------------- PARKED: it has forked the next child
 //
 // Callers never block on a snippet unless they call CompletionQueue::wait. At most `slots` snippets
 // run at a time; the rest queue here, and their clocks start only when they do.
@@ -25,21 +26,40 @@
 
 namespace thor {
 
-// How the zygote is started: an interpreter that ends up in thor::serve_zygote on fd 3.
-struct OrchestratorConfig {
+class CgroupPool;
+
+// How a template is started: an interpreter that ends up in thor::serve_template on fd 3.
+struct TierConfig {
+  std::string name;
   std::vector<std::string> argv;
+};
+
+struct OrchestratorConfig {
+  std::vector<TierConfig> tiers;  // the first starts at once, the others when first asked for
   std::vector<std::string> env;
-  std::uint32_t slots = 1;
+  std::uint32_t slots = 1;          // snippets that run at a time
+  std::uint32_t max_dialogues = 64;  // open at a time
   std::size_t queue_capacity = 4096;
   std::chrono::milliseconds startup_timeout{60'000};
+  std::shared_ptr<CgroupPool> cgroups;  // null: zygotes watch their snippets' memory
+};
+
+// What the orchestrator made so far.
+struct OrchestratorCounts {
+  std::uint64_t template_starts = 0;
+  std::uint64_t jails_made = 0;
+  std::uint64_t jails_discarded = 0;  // because a snippet left traces
+  std::uint64_t jails = 0;            // now
+  std::uint64_t running = 0;          // now
+  std::uint32_t layers = 0;           // bits of thor::Layer that the first jail has
 };
 
 struct OrchestratorStats {
   std::uint64_t submitted = 0;
   std::uint64_t completed = 0;
   std::uint64_t queued = 0;
-  std::uint64_t running = 0;
-  std::uint64_t zygote_starts = 0;
+  std::uint64_t dialogues = 0;  // open
+  OrchestratorCounts counts;
 };
 
 // The sandbox could not be started; what() names the step.
@@ -56,7 +76,7 @@ class QueueFull : public std::runtime_error {
 
 class Orchestrator {
  public:
-  // Starts the zygote and waits until it can serve. Throws StartError.
+  // Starts the first template and waits until a jail of it can serve. Throws StartError.
   explicit Orchestrator(OrchestratorConfig config);
   ~Orchestrator();  // close()
   Orchestrator(const Orchestrator&) = delete;
@@ -65,6 +85,20 @@ class Orchestrator {
   // Queues a request; its result is pushed to `sink` exactly once, whatever happens.
   // Throws QueueFull, or std::logic_error once closed.
   std::uint64_t submit(Request request, std::shared_ptr<CompletionQueue> sink);
+
+  // A dialogue is one process that is asked several things, one after another: `opening` is handed
+  // to its guest when the first step is served. Its clock runs during steps only, and only its
+  // steps need a slot. Throws QueueFull when max_dialogues are open.
+  std::uint64_t open_dialogue(Request opening);
+
+  // Queues the next step: `data` is sent to the guest, whose answer is Result::reply. If the
+  // process ends instead, the result is that of a snippet, and later steps are INFRA. `tier` is
+  // the same for all steps of a dialogue. Throws as submit does.
+  std::uint64_t step(std::uint64_t dialogue, std::string data, const Limits& limits,
+                     std::uint32_t tier, std::shared_ptr<CompletionQueue> sink);
+
+  // Ends the process and frees what it holds. Unknown or closed already: ignored.
+  void close_dialogue(std::uint64_t dialogue);
 
   // Kills or dequeues; the result (INFRA, "cancelled") is still pushed. Unknown: ignored.
   void cancel(std::uint64_t ticket);

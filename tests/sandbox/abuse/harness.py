@@ -79,8 +79,9 @@ def assert_unharmed(sandbox: NativeSandbox) -> None:
 def snippet_processes(owner: int) -> dict[int, str]:
     """Pid and name of processes below ``owner`` that run a snippet's code.
 
-    Those are filtered by seccomp and not pid 1 of their namespace; warden, template and zygote
-    lack the one or are the other.
+    Those are filtered by seccomp and not pid 1 of their namespace, as zygotes are; templates are not
+    filtered. A child that waits for its snippet still has its zygote's control socket, which it
+    closes before it runs any code.
     """
     statuses = {}
     for entry in Path("/proc").iterdir():
@@ -101,5 +102,16 @@ def snippet_processes(owner: int) -> dict[int, str]:
     return {
         pid: status["Name"]
         for pid, status in statuses.items()
-        if status["Seccomp"] == "2" and status["NSpid"].split()[-1] != "1" and is_below(pid)
+        if status["Seccomp"] == "2"
+        and status["NSpid"].split()[-1] != "1"
+        and is_below(pid)
+        and control_socket(pid) != control_socket(int(status["PPid"]))
     }
+
+
+def control_socket(pid: int) -> str:
+    """What is open as descriptor 3, where zygotes have theirs."""
+    try:
+        return os.readlink(f"/proc/{pid}/fd/3")
+    except OSError:
+        return f"none in {pid}"

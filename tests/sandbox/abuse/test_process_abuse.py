@@ -240,7 +240,6 @@ def test_orphans_flood_stdout_after_the_end(abuse: Abuse) -> None:
     ("option", "value"),
     [
         pytest.param(36, 1, id="PR_SET_CHILD_SUBREAPER-adopts-orphans"),
-        pytest.param(4, 0, id="PR_SET_DUMPABLE-hides-from-proc"),
         pytest.param(0x59616D61, -1, id="PR_SET_PTRACER-any"),
         pytest.param(47, 2, id="PR_CAP_AMBIENT-raise"),
         pytest.param(28, 0, id="PR_SET_SECUREBITS"),

@@ -33,7 +33,8 @@ import types
 import warnings
 from typing import Any, NamedTuple
 
-from ._splitter import Splitter
+from .report import raised_by_block, raised_by_compiler
+from .splitter import Splitter
 
 # What shows how the module's code is run, the text that is not there yet, or the time that passes
 # while waiting for it. A block with one of these words in it is run as a whole.
@@ -99,7 +100,7 @@ class Statements:
             try:
                 exec(code, self._namespace)  # noqa: S102
             except BaseException as error:  # noqa: BLE001  (the block's result)
-                self._error = _without_own_frame(error)
+                self._error = raised_by_block(error)
                 self._eager = False
             if os.getpid() != self._pid:
                 os._exit(0)  # the whole block will be run anew, forks and all
@@ -112,7 +113,7 @@ class Statements:
             try:
                 exec(code, self._namespace)  # noqa: S102
             except BaseException as error:  # noqa: BLE001  (the block's result)
-                return Ending(Outcome.DONE, _without_own_frame(error))
+                return Ending(Outcome.DONE, raised_by_block(error))
         return ending
 
     def _next_code(self, piece: str) -> types.CodeType | None:
@@ -138,8 +139,7 @@ class Statements:
         except (SyntaxError, ValueError) as error:
             if self._compiler.warned:  # they would have to be shown before the error
                 return None, Ending(Outcome.RERUN)
-            _add_source_line(error, text)
-            return None, Ending(Outcome.DISCARD, error.with_traceback(None))
+            return None, Ending(Outcome.DISCARD, raised_by_compiler(error, _lines(text)))
         except Exception:  # noqa: BLE001  (what has run left too little memory or stack)
             return None, Ending(Outcome.RERUN)
         if self._compiler.warned or not self._exact or not self._is_untouched():
@@ -155,8 +155,7 @@ class Statements:
         try:
             code = compile(text, self._filename, "exec", self.flags, dont_inherit=True)
         except Exception as error:  # noqa: BLE001  (the block's result)
-            _add_source_line(error, text)
-            return None, Ending(Outcome.DONE, error.with_traceback(None))
+            return None, Ending(Outcome.DONE, raised_by_compiler(error, self._lines))
         self.flags |= code.co_flags & _FUTURE_FLAGS
         return code, Ending(Outcome.DONE)
 
@@ -265,17 +264,6 @@ def _count_fork() -> None:
     # The children of these two never return to the caller.
     if caller not in ("multiprocessing.popen_fork", "subprocess"):
         _returning_forks += 1
-
-
-def _without_own_frame(error: BaseException) -> BaseException:
-    trace = error.__traceback__
-    return error.with_traceback(trace.tb_next if trace is not None else None)
-
-
-def _add_source_line(error: BaseException, text: str) -> None:
-    """Put in what the compiler would have found in the file ``main.py``, had it existed."""
-    if isinstance(error, SyntaxError) and error.lineno:
-        error.text = "".join(_lines(text)[error.lineno - 1 : error.lineno]) or error.text
 
 
 def _lines(text: str) -> list[str]:

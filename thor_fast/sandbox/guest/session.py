@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ._statements import Statements
+from .statements import Statements
 
 
 class Session:

@@ -37,7 +37,7 @@ import random
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ._clock import Clock, replace
+from .clock import Clock, replace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -26,6 +26,38 @@ def show_exception(error: BaseException) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
 
 
+def raised_by_block(error: BaseException) -> BaseException:
+    """Without the frame that ran the block."""
+    trace = error.__traceback__
+    return error.with_traceback(trace.tb_next if trace is not None else None)
+
+
+def raised_by_compiler(error: BaseException, lines: list[str]) -> BaseException:
+    """Without our frames, and with what would have been found in a file ``main.py``."""
+    if isinstance(error, SyntaxError) and error.lineno:
+        error.text = "".join(lines[error.lineno - 1 : error.lineno]) or error.text
+    return error.with_traceback(None)
+
+
+class _Source(io.BytesIO):
+    """Source lines as a file whose descriptor is empty.
+
+    The interpreter reads lines from the object, and looks at the descriptor only for an encoding.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self._empty = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._empty
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._empty)
+        super().close()
+
+
 @contextlib.contextmanager
 def _source_files() -> Iterator[None]:
     """Let ``io.open``, which the interpreter calls for source lines, find those of blocks."""
@@ -35,12 +67,7 @@ def _source_files() -> Iterator[None]:
         lines = linecache.getlines(file) if isinstance(file, str) else []
         if not lines:
             return real(file, *args, **kwargs)
-        content = "".join(lines).encode(errors="replace")
-        # The interpreter takes the descriptor from the file object.
-        memory = os.fdopen(os.memfd_create(file), "w+b", closefd=True)
-        memory.write(content)
-        memory.seek(0)
-        return memory
+        return _Source("".join(lines).encode(errors="replace"))
 
     module: Any = io
     module.open = open_source

@@ -1,0 +1,506 @@
+#include "core/fleet.h"
+
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <optional>
+#include <system_error>
+#include <utility>
+
+#include "core/collect.h"
+#include "util/pidfd.h"
+
+namespace thor {
+namespace {
+
+constexpr std::chrono::milliseconds kKillGrace{500};  // for a zygote to empty its namespace
+// Pipes are watched once a snippet has run this long: most are over by then, and what they wrote
+// fits a pipe.
+constexpr std::chrono::milliseconds kUnwatched{2};
+// Jails that may die before they took a request, one after another, for each request.
+constexpr int kMaxAttempts = 4;
+// Beyond a snippet's own limit its group may hold what it copied of the warm interpreter, page
+// tables and pipes. The limit of each process is the first wall.
+constexpr std::uint64_t kGroupSlack = std::uint64_t{64} << 20;
+
+}  // namespace
+
+Fleet::Fleet(const OrchestratorConfig& config, int wake, JobQueue* jobs)
+    : config_(config),
+      jobs_(jobs),
+      epoll_(::epoll_create1(EPOLL_CLOEXEC)),
+      wake_(wake),
+      jails_(config.tiers.size() * config.slots + config.max_dialogues),
+      groups_(jails_.size()),
+      deadlines_(config.tiers.size() + jails_.size()) {
+  for (const TierConfig& tier : config.tiers) tiers_.emplace_back(tier, config.env);
+  watch(wake_, Source::kWake, 0);
+}
+
+Fleet::~Fleet() {
+  const std::string reason = jobs_->reason().empty() ? "the sandbox was closed" : jobs_->reason();
+  for (std::size_t i = 0; i < jails_.size(); ++i) {
+    if (jails_[i]) discard(i, infra(reason));
+  }
+  for (auto& [id, dialogue] : dialogues_) {
+    for (const Job& job : dialogue.waiting) jobs_->answer(job, infra(reason));
+  }
+  tiers_.clear();  // their processes take the jails with them; then the groups are empty
+  publish();
+}
+
+bool Fleet::start(std::string* reason) {
+  start_tier(0);
+  while (tiers_[0].state() == Tier::State::kStarting) {
+    if (!turn(reason)) return false;
+  }
+  if (tiers_[0].state() == Tier::State::kReady) {
+    const std::size_t first = make_jail(0);
+    while (jails_[first] && jails_[first]->state == JailHandle::State::kPreparing) {
+      if (!turn(reason)) return false;
+    }
+    if (jails_[first]) return true;
+  }
+  *reason = failure_;
+  return false;
+}
+
+// --- one turn of the loop -------------------------------------------------------------------------
+
+bool Fleet::turn(std::string* reason) {
+  std::array<epoll_event, 64> events{};
+  const int timeout = deadlines_.poll_timeout_ms(Clock::now());
+  const int n = ::epoll_wait(epoll_.get(), events.data(), events.size(), timeout);
+  // Nothing is made before all of these are dealt with: an index may not change its meaning.
+  for (int i = 0; i < n; ++i) handle(events[static_cast<std::size_t>(i)].data.u64);
+  while (const auto index = deadlines_.expired(Clock::now())) on_deadline(*index);
+  heed_wishes();
+  start_wanted_tiers();
+  serve_queued();
+  publish();
+  if (tiers_[0].state() != Tier::State::kFailed) return true;
+  *reason = failure_;
+  return false;
+}
+
+std::uint64_t Fleet::tag(Source source, std::size_t index) {
+  return (std::uint64_t{static_cast<std::uint32_t>(source)} << 32) | index;
+}
+
+void Fleet::watch(int fd, Source source, std::size_t index) {
+  epoll_event event{.events = EPOLLIN, .data = {.u64 = tag(source, index)}};
+  if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
+    throw std::system_error(errno, std::generic_category(), "epoll_ctl");
+  }
+}
+
+void Fleet::unwatch(int fd) const { ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr); }
+
+void Fleet::handle(std::uint64_t about) {
+  const auto index = static_cast<std::size_t>(about & 0xffffffffU);
+  const auto source = static_cast<Source>(about >> 32);
+  if (source == Source::kWake) {
+    eventfd_t ignored = 0;
+    ::eventfd_read(wake_, &ignored);
+  } else if (source == Source::kTier) {
+    on_tier(index);
+  } else if (jails_[index]) {  // otherwise it went earlier in this turn
+    switch (source) {
+      case Source::kOutput: return on_output(index);
+      case Source::kDialogue: return on_reply(index);
+      default: return on_jail(index);
+    }
+  }
+}
+
+void Fleet::on_deadline(std::size_t index) {
+  if (index < tiers_.size()) {
+    failure_ = "the sandbox's template '" + tiers_[index].name() + "' was not ready after " +
+               std::to_string(config_.startup_timeout.count()) + " ms";
+    tiers_[index].stop();
+    return tier_failed(index);
+  }
+  index -= tiers_.size();
+  JailHandle& jail = *jails_[index];
+  if (jail.state == JailHandle::State::kPreparing) {
+    return discard(index, infra("a jail was not ready in time"));
+  }
+  if (!jail.slot) return discard(index, infra("its life is over"));  // a dialogue between steps
+  Slot& slot = *jail.slot;
+  if (slot.killed != KillReason::kNone) {  // and its zygote has not said that it is gone
+    const Ending ending{.exited = {.started = true}};
+    return discard(index, conclude(slot, ending, Clock::now()));
+  }
+  if (!jail.watched) return watch_output(index);
+  kill(index, KillReason::kTimeout);
+}
+
+void Fleet::heed_wishes() {
+  const JobQueue::Wishes wishes = jobs_->take_wishes();
+  for (const Job& job : wishes.waiting) jobs_->answer(job, infra("cancelled by the caller"));
+  for (const std::uint64_t ticket : wishes.others) {
+    for (std::size_t i = 0; i < jails_.size(); ++i) {
+      if (jails_[i] && jails_[i]->slot && jails_[i]->slot->job.ticket == ticket) {
+        kill(i, KillReason::kCancelled);
+      }
+    }
+  }
+  for (const std::uint64_t id : wishes.closed) close_dialogue(id);
+}
+
+void Fleet::publish() {
+  counts_.running = running_;
+  counts_.jails = static_cast<std::uint64_t>(
+      std::count_if(jails_.begin(), jails_.end(), [](const auto& jail) { return jail != nullptr; }));
+  jobs_->set_counts(counts_);
+}
+
+// --- tiers ----------------------------------------------------------------------------------------
+
+void Fleet::start_wanted_tiers() {
+  const TierMask wanted = jobs_->wanted();
+  for (std::size_t i = 0; i < tiers_.size(); ++i) {
+    if ((wanted >> i & 1U) == 0) continue;
+    if (tiers_[i].state() == Tier::State::kAbsent) start_tier(i);
+    if (tiers_[i].state() == Tier::State::kFailed && i > 0) {
+      jobs_->reroute(static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(i - 1));
+    }
+  }
+}
+
+void Fleet::start_tier(std::size_t tier) {
+  try {
+    tiers_[tier].start();
+    watch(tiers_[tier].control_fd(), Source::kTier, tier);
+    deadlines_.set(tier, Clock::now() + config_.startup_timeout);
+    ++counts_.template_starts;
+  } catch (const std::system_error& e) {
+    failure_ = std::string("the sandbox's template could not be started: ") + e.what();
+  }
+}
+
+void Fleet::on_tier(std::size_t tier) {
+  const bool alive = tiers_[tier].listen(&failure_);
+  if (tiers_[tier].state() != Tier::State::kStarting) deadlines_.clear(tier);
+  if (!alive) tier_failed(tier);
+}
+
+// Its jails died with it.
+void Fleet::tier_failed(std::size_t tier) {
+  deadlines_.clear(tier);
+  for (std::size_t i = 0; i < jails_.size(); ++i) {
+    if (jails_[i] && jails_[i]->tier == tier) discard(i, infra(failure_));
+  }
+}
+
+// --- jails ----------------------------------------------------------------------------------------
+
+std::size_t Fleet::make_jail(std::size_t tier) {
+  const auto index = static_cast<std::size_t>(
+      std::find(jails_.begin(), jails_.end(), nullptr) - jails_.begin());
+  const Group* group = group_of(index);
+  auto jail = std::make_unique<JailHandle>();
+  jail->tier = static_cast<std::uint32_t>(tier);
+  jail->socket = tiers_[tier].make_jail(static_cast<std::uint32_t>(index),
+                                        group == nullptr ? -1 : group->cgroup.procs_fd());
+  watch(jail->socket.get(), Source::kJail, index);
+  deadlines_.set(deadline_of_jail(index), Clock::now() + config_.startup_timeout);
+  jails_[index] = std::move(jail);
+  ++counts_.jails_made;
+  return index;
+}
+
+// A jail that can take a request of this tier now or soon.
+std::size_t Fleet::jail_for(std::size_t tier) {
+  std::optional<std::size_t> preparing;
+  for (std::size_t i = 0; i < jails_.size(); ++i) {
+    const JailHandle* jail = jails_[i].get();
+    if (jail == nullptr || jail->tier != tier || jail->slot || jail->dialogue != 0) continue;
+    if (jail->state == JailHandle::State::kParked) return i;
+    preparing = i;
+  }
+  return preparing ? *preparing : make_jail(tier);
+}
+
+// Null where the tree's memory is watched by the zygote instead.
+Fleet::Group* Fleet::group_of(std::size_t index) {
+  if (!config_.cgroups) return nullptr;
+  Group& group = groups_[index];
+  if (!group.cgroup) {
+    const CgroupError error = config_.cgroups->create("jail" + std::to_string(index), &group.cgroup);
+    if (error) throw std::system_error(error.error_number, std::generic_category(), describe(error));
+  }
+  return &group;
+}
+
+void Fleet::on_jail(std::size_t index) {
+  while (jails_[index]) {
+    JailHandle& jail = *jails_[index];
+    Message message;
+    std::vector<UniqueFd> fds;
+    switch (receive_message(jail.socket.get(), &message, &fds)) {
+      case Received::kNothing: return;
+      case Received::kClosed: return on_jail_gone(index);
+      case Received::kMessage: break;
+    }
+    if (message.kind == MessageKind::kJailMade && fds.size() == 1) {
+      jail.zygote = std::move(fds[0]);
+    } else if (message.kind == MessageKind::kParked && fds.size() == 3) {
+      on_parked(index, message, std::move(fds));
+    } else if (message.kind == MessageKind::kExited) {
+      on_exited(index, message, fds);
+    } else {
+      failure_ = "a jail could not be made: " + describe(message.error);
+      return discard(index, infra(failure_));
+    }
+  }
+}
+
+void Fleet::on_jail_gone(std::size_t index) {
+  JailHandle& jail = *jails_[index];
+  if (jail.slot && jail.state == JailHandle::State::kPreparing &&
+      jail.slot->killed == KillReason::kNone && jail.dialogue == 0 &&
+      ++jail.slot->job.attempts < kMaxAttempts) {  // its request was not sent to anybody
+    jobs_->put_back(std::move(jail.slot->job));
+    jail.slot.reset();
+    --running_;
+  }
+  discard(index, infra("the snippet's jail died"));
+}
+
+void Fleet::on_parked(std::size_t index, const Message& parked, std::vector<UniqueFd> fds) {
+  JailHandle& jail = *jails_[index];
+  jail.child = std::move(fds[0]);
+  jail.standard_output = std::move(fds[1]);
+  jail.standard_error = std::move(fds[2]);
+  jail.state = JailHandle::State::kParked;
+  deadlines_.clear(deadline_of_jail(index));
+  if (counts_.layers == 0) counts_.layers = parked.layers;
+  tiers_[jail.tier].succeeded();
+  if (jail.slot) run(index);
+}
+
+void Fleet::on_exited(std::size_t index, const Message& exited,
+                      const std::vector<UniqueFd>& files) {
+  JailHandle& jail = *jails_[index];
+  const Clock::time_point now = Clock::now();
+  if (!exited.pristine) ++counts_.jails_discarded;
+  jail.state = JailHandle::State::kPreparing;
+  deadlines_.set(deadline_of_jail(index), now + config_.startup_timeout);
+  if (jail.slot) {
+    // All writers are dead, so what the pipes hold now is all there will ever be.
+    jail.slot->drain(&jail.standard_output, &jail.standard_error);
+    Ending ending{.exited = exited, .killed_for_memory = exited.tree_out_of_memory};
+    if (config_.cgroups && exited.snippet_status != 0) {
+      Group& group = groups_[index];
+      const std::uint64_t kills = group.cgroup.oom_kills().value_or(0);
+      ending.killed_for_memory = kills > group.oom_kills;
+      group.oom_kills = kills;
+    }
+    Result result = conclude(*jail.slot, ending, now);
+    const Job& job = jail.slot->job;
+    const Request& opening = job.opening ? *job.opening : job.request;
+    result.files = read_collected(opening.collect, exited.collected, files);
+    finish(index, std::move(result));
+  }
+  if (jail.dialogue != 0) end_dialogue(index, "its process ended");
+  jail.watched = false;
+  jail.so_far.reset();
+  if (!exited.pristine) {
+    replacements_.push_back(jail.tier);
+    discard(index, Result{});
+  }
+}
+
+// Kills whatever is left of a jail; `result` is for who waits for it, if anybody does.
+void Fleet::discard(std::size_t index, Result result) {
+  JailHandle& jail = *jails_[index];
+  if (jail.zygote) pidfd_signal(jail.zygote.get(), SIGKILL);
+  const std::string why = result.error;
+  if (jail.slot) finish(index, std::move(result));
+  if (jail.dialogue != 0) end_dialogue(index, why);  // after it: steps are answered in order
+  deadlines_.clear(deadline_of_jail(index));
+  jails_[index].reset();
+}
+
+void Fleet::watch_output(std::size_t index) {
+  JailHandle& jail = *jails_[index];
+  jail.watched = true;
+  if (jail.standard_output) watch(jail.standard_output.get(), Source::kOutput, index);
+  if (jail.standard_error) watch(jail.standard_error.get(), Source::kOutput, index);
+  deadlines_.set(deadline_of_jail(index), jail.slot->deadline());
+}
+
+// Between a dialogue's steps nobody wants to know what it writes.
+void Fleet::unwatch_output(std::size_t index) {
+  JailHandle& jail = *jails_[index];
+  if (!std::exchange(jail.watched, false)) return;
+  if (jail.standard_output) unwatch(jail.standard_output.get());
+  if (jail.standard_error) unwatch(jail.standard_error.get());
+}
+
+// --- requests -------------------------------------------------------------------------------------
+
+void Fleet::serve_queued() {
+  for (const std::size_t tier : std::exchange(replacements_, {})) {
+    if (tiers_[tier].state() == Tier::State::kReady) make_jail(tier);
+  }
+  TierMask ready = 0;
+  for (std::size_t i = 0; i < tiers_.size(); ++i) {
+    if (tiers_[i].state() == Tier::State::kReady) ready |= TierMask{1} << i;
+  }
+  while (running_ < config_.slots) {
+    std::optional<Job> job = jobs_->next(ready);
+    if (!job) return;
+    if (job->dialogue != 0) {
+      serve_step(std::move(*job));
+      continue;
+    }
+    try {
+      bind(jail_for(job->request.tier), std::move(*job));
+    } catch (const std::system_error& e) {  // out of descriptors or memory
+      jobs_->answer(*job, infra(std::string("preparing a snippet: ") + e.what()));
+    }
+  }
+}
+
+void Fleet::serve_step(Job job) {
+  const auto [found, first] = dialogues_.try_emplace(job.dialogue);
+  Dialogue& dialogue = found->second;
+  if (!dialogue.ended.empty()) {
+    return jobs_->answer(job, infra("the dialogue is over: " + dialogue.ended));
+  }
+  try {
+    if (first) {
+      dialogue.jail = jail_for(job.request.tier);
+      jails_[dialogue.jail]->dialogue = job.dialogue;
+    }
+  } catch (const std::system_error& e) {
+    dialogue.ended = std::string("preparing it failed: ") + e.what();
+    return jobs_->answer(job, infra(dialogue.ended));
+  }
+  if (jails_[dialogue.jail]->slot) return dialogue.waiting.push_back(std::move(job));
+  bind(dialogue.jail, std::move(job));
+}
+
+void Fleet::bind(std::size_t index, Job job) {
+  JailHandle& jail = *jails_[index];
+  jail.slot.emplace(std::move(job));
+  if (jail.so_far) jail.slot->output = *std::exchange(jail.so_far, std::nullopt);
+  ++running_;
+  if (jail.state == JailHandle::State::kParked) return run(index);
+  if (jail.state == JailHandle::State::kRunning) ask(index);  // a dialogue's next step
+}
+
+void Fleet::run(std::size_t index) {
+  JailHandle& jail = *jails_[index];
+  Slot& slot = *jail.slot;
+  if (slot.killed != KillReason::kNone) {  // cancelled while the jail was prepared
+    const bool talks = jail.dialogue != 0;
+    finish(index, infra("cancelled by the caller"));
+    if (talks) discard(index, infra("cancelled by the caller"));
+    return;
+  }
+  try {
+    const Request& opening = slot.job.opening ? *slot.job.opening : slot.job.request;
+    if (Group* group = group_of(index)) {
+      const std::uint64_t limit = opening.limits.memory_bytes + kGroupSlack;
+      if (std::exchange(group->limit, limit) != limit) {
+        const CgroupError error = group->cgroup.set_memory_limit(limit);
+        if (error) return discard(index, infra(describe(error)));
+      }
+    }
+    send_run(&jail, opening);
+    if (jail.dialogue != 0) {
+      jail.expires = Clock::now() + opening.life;
+      watch(jail.dialogue_socket.get(), Source::kDialogue, index);
+      return ask(index);
+    }
+    slot.started = Clock::now();
+    deadlines_.set(deadline_of_jail(index), std::min(slot.started + kUnwatched, slot.deadline()));
+  } catch (const std::system_error& e) {
+    discard(index, infra(std::string("preparing a snippet: ") + e.what()));
+  }
+}
+
+// A step of a dialogue whose process is there.
+void Fleet::ask(std::size_t index) {
+  JailHandle& jail = *jails_[index];
+  try {
+    send_step(jail, jail.slot->job.request.payload);
+    jail.slot->started = Clock::now();
+    watch_output(index);
+  } catch (const std::system_error& e) {
+    discard(index, infra(std::string("preparing a step: ") + e.what()));
+  }
+}
+
+void Fleet::on_output(std::size_t index) {
+  JailHandle& jail = *jails_[index];
+  if (jail.slot && !jail.slot->drain(&jail.standard_output, &jail.standard_error)) {
+    kill(index, KillReason::kOutput);
+  }
+}
+
+void Fleet::on_reply(std::size_t index) {
+  JailHandle& jail = *jails_[index];
+  std::string text;
+  switch (receive_reply(jail, &text)) {
+    case Reply::kNothing: return;
+    case Reply::kClosed: return jail.dialogue_socket.reset();  // its end will follow
+    case Reply::kReply: break;
+  }
+  if (!jail.slot || jail.slot->killed != KillReason::kNone) return;  // unasked, or too late
+  jail.slot->drain(&jail.standard_output, &jail.standard_error);
+  unwatch_output(index);
+  deadlines_.set(deadline_of_jail(index), jail.expires);
+  const bool accumulate = jail.slot->job.opening->accumulate;
+  Result result = conclude_step(&*jail.slot, std::move(text), accumulate, Clock::now());
+  if (accumulate) jail.so_far = std::move(jail.slot->output);
+  finish(index, std::move(result));
+  Dialogue& dialogue = dialogues_.at(jail.dialogue);
+  if (dialogue.waiting.empty()) return;
+  Job next = std::move(dialogue.waiting.front());
+  dialogue.waiting.pop_front();
+  bind(index, std::move(next));
+}
+
+void Fleet::kill(std::size_t index, KillReason reason) {
+  JailHandle& jail = *jails_[index];
+  if (jail.slot->killed != KillReason::kNone) return;
+  jail.slot->killed = reason;
+  if (jail.state != JailHandle::State::kRunning) return;  // run() will see it
+  pidfd_signal(jail.child.get(), SIGKILL);
+  deadlines_.set(deadline_of_jail(index), Clock::now() + kKillGrace);
+}
+
+void Fleet::finish(std::size_t index, Result result) {
+  const std::optional<Slot> slot = std::exchange(jails_[index]->slot, std::nullopt);
+  --running_;
+  publish();  // who sees the result sees the counts that go with it
+  jobs_->answer(slot->job, std::move(result));
+}
+
+void Fleet::end_dialogue(std::size_t index, const std::string& why) {
+  JailHandle& jail = *jails_[index];
+  const auto found = dialogues_.find(std::exchange(jail.dialogue, 0));
+  jail.dialogue_socket.reset();
+  if (found == dialogues_.end()) return;  // closed by its owner
+  found->second.ended = why.empty() ? "its process ended" : why;
+  for (const Job& job : std::exchange(found->second.waiting, {})) {
+    jobs_->answer(job, infra("the dialogue is over: " + found->second.ended));
+  }
+}
+
+void Fleet::close_dialogue(std::uint64_t id) {
+  const auto node = dialogues_.extract(id);
+  if (node.empty()) return;  // it never had a step
+  for (const Job& job : node.mapped().waiting) jobs_->answer(job, infra("the dialogue was closed"));
+  if (node.mapped().ended.empty()) discard(node.mapped().jail, infra("the dialogue was closed"));
+}
+
+}  // namespace thor
