@@ -1,6 +1,6 @@
 """Runs inside a template: an interpreter started without ``site``, warmed, then forked.
 
-    python -P -S -s -B bootstrap.py '{"core": ..., "paths": [...], "preload": [...], "jail": {...}, ...}'
+    python -P -S -s -B bootstrap.py '{"core": ..., "preload": [...], "jail": {...}, ...}'
 
 Forked once per jail, and there once per snippet; only that last child runs what follows. Nothing of
 thor_fast is imported here but the native core and this folder's guest files, from their paths: the
@@ -36,9 +36,6 @@ FILENAME = "main.py"
 WORKDIR = "/tmp/work"  # noqa: S108  (in the jail's own tmpfs; csrc/core/mounts.h)
 GUEST_PACKAGE = "_thor_guest"
 
-# Bytecode is specialised after 8 runs on Python 3.11, later after fewer.
-_REHEARSALS = 20
-
 _core: Any = None
 _guest_modules: dict[str, Any] = {}  # not only in sys.modules, which a snippet may clear
 
@@ -46,15 +43,15 @@ _guest_modules: dict[str, Any] = {}  # not only in sys.modules, which a snippet 
 def reseeding() -> Callable[[], object]:
     """What the zygote calls before each fork, so that the child's random numbers are its own.
 
-    There, because what the zygote writes costs it no copy. Python's at-fork hooks, which would do it
-    for the ``random`` module, are not run: in a process with one thread they have nothing else to
-    repair, and cost as much as the fork.
+    There, because what the zygote writes costs it no copy. Python's at-fork hooks, which would do
+    it for the ``random`` module, are not run: in a process with one thread they have nothing else
+    to repair, and cost as much as the fork.
     """
     import random  # after the tier's modules, of which it may be one
 
-    random._inst.gauss_next = None  # type: ignore[attr-defined]  # noqa: SLF001
+    random._inst.gauss_next = None  # noqa: SLF001
     # Past the method written in Python, whose run would touch 40 pages of the zygote's.
-    seed = functools.partial(_random.Random.seed, random._inst)  # type: ignore[attr-defined]  # noqa: SLF001
+    seed = functools.partial(_random.Random.seed, random._inst)  # noqa: SLF001
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is None:
         return seed
@@ -82,10 +79,8 @@ def run(payload: bytes, has_dialogue: bool) -> int:
         _guest_module("frozen").make_deterministic(*determinism)
     namespace = sys.modules["__main__"].__dict__
     if has_dialogue:
-        exit_code = _converse(mode, namespace)
-    else:
-        exit_code = _judge(_execute(code, namespace))
-    return _finalise(exit_code)
+        return _finalise(_converse(mode, namespace))
+    return _finalise(_judge(_execute(code, namespace)))
 
 
 def _execute(code: str, namespace: dict[str, Any]) -> BaseException | None:
@@ -216,22 +211,6 @@ def _guest_module(name: str) -> Any:
     return _guest_modules[name]
 
 
-def _rehearse() -> None:
-    """Take the way of a snippet, often enough for the interpreter to have settled on it.
-
-    What it notes on the way (specialised bytecode, where attributes are found) would otherwise be
-    written by every child, to pages that it must copy for that.
-    """
-    payload = marshal.dumps(("block", "x = [1 + 1]\nprint(x[0], 'a')", {}, {}, None))
-    stdout = sys.stdout
-    with open(os.devnull, "w", encoding="utf-8") as sink:  # noqa: PTH123
-        sys.stdout = sink
-        for _ in range(_REHEARSALS):
-            _, code, _, _, _ = marshal.loads(payload)  # noqa: S302  (ours)
-            _judge(_execute(code, {"__builtins__": builtins}))
-        sys.stdout = stdout
-
-
 def _become_main() -> None:
     """Leave the interpreter as a script finds it."""
     main = types.ModuleType("__main__")
@@ -248,7 +227,7 @@ def _become_main() -> None:
 def main(config: dict[str, Any]) -> NoReturn:
     """Warm up, then serve; never returns."""
     os.environ.pop("PYTHONHASHSEED", None)  # in effect by now, and not the snippet's business
-    global _core  # noqa: PLW0603  (its file is known only now)
+    global _core
     _core = _load_core(config["core"])
     sys.path.extend(config["paths"])
     for name in config["preload"]:
@@ -258,7 +237,6 @@ def main(config: dict[str, Any]) -> NoReturn:
         _guest_module(name)
     if config["deterministic"]:
         _guest_module("frozen")
-    _rehearse()
     _become_main()
     gc.collect()
     gc.freeze()  # the collector then never touches, and so never copies, the shared heap
