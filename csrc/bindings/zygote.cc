@@ -24,7 +24,7 @@ namespace {
 constexpr int kBootstrapFailed = 70;
 
 struct Guest {
-  py::function prepare;
+  py::function refresh;
   py::function run;
 };
 
@@ -40,22 +40,22 @@ int guarded(const Call& call) {
   }
 }
 
-void prepare_guest(void* context) {
+void refresh_guest(void* context) {
   const auto& guest = *static_cast<Guest*>(context);
   const int failed = guarded([&guest] {
-    guest.prepare();
+    guest.refresh();
     return 0;
   });
   if (failed != 0) ::_exit(failed);
 }
 
+// Where the snippet of this process may say that it died of an allocation failure.
+volatile bool* out_of_memory = nullptr;
+
 int run_guest(void* context, const GuestJob& job) {
   const auto& guest = *static_cast<Guest*>(context);
-  volatile bool* const out_of_memory = job.out_of_memory;
-  const py::cpp_function report_out_of_memory([out_of_memory] { *out_of_memory = true; });
-  return guarded([&] {
-    return guest.run(py::bytes(job.payload), report_out_of_memory, job.has_dialogue).cast<int>();
-  });
+  out_of_memory = job.out_of_memory;
+  return guarded([&] { return guest.run(py::bytes(job.payload), job.has_dialogue).cast<int>(); });
 }
 
 std::uint32_t layer_bits(const std::vector<std::string>& names) {
@@ -65,15 +65,15 @@ std::uint32_t layer_bits(const std::vector<std::string>& names) {
 }
 
 // Called with the GIL held and never gives it up: the process has one thread.
-[[noreturn]] void serve(int control_fd, const py::dict& jail, py::function prepare,
+[[noreturn]] void serve(int control_fd, const py::dict& jail, py::function refresh,
                         py::function run) {
-  Guest guest{std::move(prepare), std::move(run)};
+  Guest guest{std::move(refresh), std::move(run)};
   const GuestHooks hooks{
       .context = &guest,
       .before_fork = [](void* /*context*/) { PyOS_BeforeFork(); },
       .after_fork_parent = [](void* /*context*/) { PyOS_AfterFork_Parent(); },
       .after_fork_child = [](void* /*context*/) { PyOS_AfterFork_Child(); },
-      .prepare = &prepare_guest,
+      .refresh = &refresh_guest,
       .run = &run_guest,
   };
   const JailSpec spec{
@@ -88,9 +88,16 @@ std::uint32_t layer_bits(const std::vector<std::string>& names) {
 }  // namespace
 
 void register_zygote(py::module_& m) {
-  m.def("serve_template", &serve, py::arg("control_fd"), py::arg("jail"), py::arg("prepare"),
+  m.def("serve_template", &serve, py::arg("control_fd"), py::arg("jail"), py::arg("refresh"),
         py::arg("run"));
-  m.def("collapse_heap", &collapse_heap);
+  m.def("report_out_of_memory", [] {
+    if (out_of_memory != nullptr) *out_of_memory = true;
+  });
+  m.def("lay_out_memory", [] {
+    const std::size_t moved =
+        move_code_to_huge_pages(reinterpret_cast<const void*>(&PyEval_EvalCode));
+    return moved + collapse_heap();
+  });
 }
 
 }  // namespace thor

@@ -21,7 +21,7 @@ namespace {
 constexpr std::chrono::milliseconds kKillGrace{500};  // for a zygote to empty its namespace
 // Pipes are watched once a snippet has run this long: most are over by then, and what they wrote
 // fits a pipe.
-constexpr std::chrono::milliseconds kUnwatched{2};
+constexpr std::chrono::milliseconds kUnwatched{10};
 // Jails that may die before they took a request, one after another, for each request.
 constexpr int kMaxAttempts = 4;
 // Beyond a snippet's own limit its group may hold what it copied of the warm interpreter, page

@@ -1,4 +1,4 @@
-// The warm interpreter's memory, laid out so that forking it is cheap.
+// The warm interpreter's memory, laid out so that forking it, and running in the fork, is cheap.
 #pragma once
 
 #include <cstddef>
@@ -8,5 +8,12 @@ namespace thor {
 // Backs this process's private anonymous memory by huge pages where it can: a fork then copies one
 // entry instead of 512. Returns the bytes collapsed; 0 where the kernel cannot (before Linux 6.1).
 std::size_t collapse_heap();
+
+// Replaces the read-only part of the library (or program) that contains `code` by a copy of itself
+// in huge pages, as far as these fit. A fork does not inherit the mappings of a file's pages and
+// faults on each 64 KiB of code it comes to; one huge page is inherited whole. Returns the bytes
+// moved. This process must have one thread, and must not be running that library's code: the
+// caller may only be reached from it.
+std::size_t move_code_to_huge_pages(const void* code);
 
 }  // namespace thor

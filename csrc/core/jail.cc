@@ -128,7 +128,7 @@ SetupError close_walls(const JailPlan& plan, int full_proc, std::uint32_t* layer
   if (const SetupError e = add(enter_time_namespace(full_proc), Layer::kTime)) return e;
   if (const SetupError e = empty_bounding_set()) return e;
   if (const SetupError e = set_no_new_privileges()) return e;
-  // The covered /proc is for a child's own set-up.
+  // Of the covered /proc the zygote writes to its own OOM score.
   const std::vector<std::string> writable{kTemporary, kSharedMemory,
                                           "/proc/self/fd/" + std::to_string(full_proc)};
   if (const SetupError e = add(restrict_files(writable), Layer::kLandlock)) return e;

@@ -113,7 +113,7 @@ SetupError mount_own_proc(JailFiles* files) {
   files->last_pid.reset(::open("/proc/sys/kernel/ns_last_pid", O_WRONLY | O_CLOEXEC));
   if (!files->full_proc) return failed(SetupStep::kProc, 1);
   if (const SetupError e = mount_proc("/proc", "subset=pid,hidepid=ptraceable")) return e;
-  // A process could otherwise take back its OOM score, to name one file of many.
+  // A snippet could otherwise lower its OOM score, to name one file of many.
   if (!restrict_mount("/proc", kMountAttrReadOnly, 0)) return failed(SetupStep::kProc, 2);
   return {};
 }

@@ -16,6 +16,7 @@
 #include <cerrno>
 #include <cstring>
 #include <new>
+#include <string>
 #include <string_view>
 #include <utility>
 
@@ -29,8 +30,10 @@
 namespace thor {
 namespace {
 
-// First to go when memory runs out: never the trainer, never the zygote.
-constexpr std::string_view kOomScore = "1000";
+// First to go when memory runs out is the snippet: never the trainer, and not the zygote either. A
+// fork inherits the score, so the zygote has the high one only while it forks: for the child to
+// open its own file in /proc would take longer than all the rest of its set-up.
+constexpr std::string_view kSnippetOomScore = "1000";
 // While a snippet runs: how often orphans are reaped and, without a control group, memory is added
 // up. A process can touch new memory at about 1 GB/s.
 constexpr int kTickMs = 50;
@@ -104,6 +107,11 @@ class Zygote {
     struct sigaction ignore_nothing{};
     ignore_nothing.sa_handler = SIG_DFL;
     ::sigaction(SIGINT, &ignore_nothing, &interrupt_);
+    oom_score_.reset(::openat(files_.full_proc.get(), "self/oom_score_adj", O_RDWR | O_CLOEXEC));
+    std::array<char, 16> text{};
+    const ssize_t n = ::pread(oom_score_.get(), text.data(), text.size(), 0);
+    if (n <= 0) give_up(failed(SetupStep::kOomScore, 0));
+    own_oom_score_.assign(text.data(), static_cast<std::size_t>(n));
     ::prctl(PR_SET_DUMPABLE, 0);  // unprivileged, the snippet has our uid: it must not look into us
   }
 
@@ -127,19 +135,28 @@ class Zygote {
     *report_ = Report{};
     // All of the page: a snippet could leave a message behind what we use of it.
     std::memset(static_cast<void*>(hint_), 0, static_cast<std::size_t>(::getpagesize()));
+    hooks_.refresh(hooks_.context);
     // Every snippet is pid 2: how many processes the one before it had is not for it to know.
     if (files_.last_pid) static_cast<void>(::pwrite(files_.last_pid.get(), "1", 1, 0));
     Pipe out;
     Pipe err;
     if (!make_output_pipe(&out) || !make_output_pipe(&err)) give_up(failed(SetupStep::kPipes));
+    set_oom_score(kSnippetOomScore);
     const pid_t child = ::fork();
     if (child == 0) live(out, err);
+    set_oom_score(own_oom_score_);
     if (child < 0) give_up(failed(SetupStep::kForkSnippet));
     pidfd_.reset(static_cast<int>(::syscall(kSysPidfdOpen, child, 0)));
     const Message parked{.kind = MessageKind::kParked, .layers = layers_};
     const std::array<int, 3> fds{pidfd_.get(), out.read_end.get(), err.read_end.get()};
     if (!send_message(kControlFd, parked, fds)) ::_exit(0);
     return child;
+  }
+
+  void set_oom_score(std::string_view score) const {
+    if (::pwrite(oom_score_.get(), score.data(), score.size(), 0) < 0) {
+      give_up(failed(SetupStep::kOomScore, 1));
+    }
   }
 
   [[noreturn]] static void give_up(const SetupError& error) {
@@ -218,7 +235,6 @@ class Zygote {
   [[noreturn]] void live(const Pipe& out, const Pipe& err) {
     ::sigaction(SIGINT, &interrupt_, nullptr);
     if (const SetupError e = give_up_privileges()) fail(e);
-    hooks_.prepare(hooks_.context);
     Message run;
     std::string payload;
     std::vector<UniqueFd> fds;
@@ -254,26 +270,15 @@ class Zygote {
     ::_exit(1);
   }
 
-  [[nodiscard]] SetupError raise_oom_score() const {
-    const UniqueFd fd(::openat(files_.full_proc.get(), "self/oom_score_adj", O_WRONLY | O_CLOEXEC));
-    if (!fd || ::write(fd.get(), kOomScore.data(), kOomScore.size()) < 0) {
-      return failed(SetupStep::kOomScore);
-    }
-    return {};
-  }
-
   // After it nothing can be undone.
-  [[nodiscard]] SetupError give_up_privileges() const {
-    // Undumpable, /proc/self would not be our own.
-    if (::prctl(PR_SET_DUMPABLE, 1) != 0) return failed(SetupStep::kSetIds, 4);
-    if (const SetupError e = raise_oom_score()) return e;
+  static SetupError give_up_privileges() {
     if (::setsid() < 0) return failed(SetupStep::kSession);
     if (::setresgid(kSnippetUid, kSnippetUid, kSnippetUid) != 0 ||
         ::setresuid(kSnippetUid, kSnippetUid, kSnippetUid) != 0) {
       return failed(SetupStep::kSetIds, 5);
     }
     if (const SetupError e = drop_capabilities()) return e;
-    // The change of uid made us undumpable again.
+    // Undumpable as the zygote, /proc/self would not be the snippet's own.
     if (::prctl(PR_SET_DUMPABLE, 1) != 0) return failed(SetupStep::kSetIds, 6);
     if (::chdir(kWorkingDirectory) != 0) return failed(SetupStep::kWorkingDirectory, 1);
     return {};
@@ -309,6 +314,8 @@ class Zygote {
   Report* const report_;
   Hint* const hint_;
   struct sigaction interrupt_{};
+  UniqueFd oom_score_;  // of the zygote itself
+  std::string own_oom_score_;
   UniqueFd pidfd_;
 };
 

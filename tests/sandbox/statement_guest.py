@@ -1,4 +1,6 @@
-"""Runs each block it is sent in a fork of its own: ``python -I -S statement_guest.py <guest folder>``.
+"""Runs each block it is sent in a fork of its own.
+
+    python -I -S statement_guest.py <guest folder>
 
 A request is a line of JSON on stdin, with ``pieces`` to feed or ``whole`` to run at once, the
 reference. The fork's output goes to the files ``stdout`` and ``stderr`` of the current directory,

@@ -72,7 +72,7 @@ class _Dialogue:
 
     def _queue(
         self,
-        step: tuple[object, ...],
+        step: tuple[str | float, ...],
         queue: _core.CompletionQueue,
         limits: ExecutionRequest | None = None,
     ) -> int:
@@ -145,7 +145,7 @@ class Stream(_Dialogue):
             verdict = None
         return await self._host.submit(self._whole()) if verdict is None else verdict
 
-    def _rest(self) -> tuple[object, ...]:
+    def _rest(self) -> tuple[str | float, ...]:
         if self._sent == 0:
             self._code = self._text
         return "finish", self._text[self._sent :]
@@ -227,7 +227,7 @@ class Session(_Dialogue):
 
     def _block(
         self, code: str, timeout_s: float | None
-    ) -> tuple[tuple[object, ...], ExecutionRequest]:
+    ) -> tuple[tuple[str | float, ...], ExecutionRequest]:
         limits = self._request if timeout_s is None else replace(self._request, timeout_s=timeout_s)
         self._code = self._code or code
         inner = self._host._timeout_of(limits)  # noqa: SLF001
@@ -236,7 +236,7 @@ class Session(_Dialogue):
             limits = replace(limits, timeout_s=inner + _GRACE_S)
         return ("block", code, inner), limits
 
-    def _back(self, blocks: int) -> tuple[object, ...]:
+    def _back(self, blocks: int) -> tuple[str | float, ...]:
         if not self._rewindable:
             raise SandboxError("this session keeps no states: open it with rewindable=True")
         if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 1:
@@ -269,9 +269,9 @@ def _result_of_gone(
     """Of a block whose process ended while the session goes on."""
     if os.WIFSIGNALED(wait_status):
         number = os.WTERMSIG(wait_status)
-        status = {signal.SIGSYS: Status.KILLED, signal.SIGXCPU: Status.TIMEOUT}.get(
-            number, Status.TIMEOUT if timed_out else Status.ERROR
-        )
+        status = Status.KILLED if number == signal.SIGSYS else Status.ERROR
+        if timed_out or number == signal.SIGXCPU:
+            status = Status.TIMEOUT
         return replace(result, status=status, signal=number)
     exit_code = os.waitstatus_to_exitcode(wait_status)
     status = result.status if exit_code == 0 else Status.ERROR

@@ -39,7 +39,7 @@ class Tier:
 # What short numeric snippets import; a fork costs no more with it (0.37 ms) than with half of it.
 # Not threading nor what imports it (logging, queue, concurrent): its hook adds 0.3 ms to each fork.
 _STDLIB = (
-    *("abc", "array", "bisect", "calendar", "cmath", "collections", "contextlib", "copy"),
+    *("abc", "bisect", "calendar", "cmath", "collections", "contextlib", "copy"),
     *("dataclasses", "datetime", "decimal", "enum", "fractions", "functools", "heapq", "io"),
     *("itertools", "json", "math", "numbers", "operator", "os", "pprint", "random", "re"),
     *("statistics", "string", "sys", "textwrap", "time", "traceback", "types", "typing"),

@@ -126,7 +126,8 @@ def encode_limits(request: ExecutionRequest, defaults: SandboxLimits) -> _core.L
 
 def decode_result(done: Completion) -> ExecutionResult:
     """The result behind one completion; output that is not UTF-8 is shown with replacements."""
-    _, status, stdout, stderr, exit_code, signal, wall_s, cpu_s, peak, truncated, files, _, error = done
+    _, status, stdout, stderr, exit_code, signal, wall_s, cpu_s, peak, truncated = done[:10]
+    files, _, error = done[10:]
     return ExecutionResult(
         status=Status(status),
         stdout=stdout.decode("utf-8", "replace"),
@@ -142,7 +143,7 @@ def decode_result(done: Completion) -> ExecutionResult:
     )
 
 
-def encode_step(*step: object) -> bytes:
+def encode_step(*step: str | float) -> bytes:
     """A step of a dialogue, as ``guest/dialogue.py`` reads it."""
     return marshal.dumps(step, _MARSHAL_VERSION)
 

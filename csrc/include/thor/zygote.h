@@ -52,8 +52,8 @@ struct GuestHooks {
   void (*before_fork)(void* context) = nullptr;
   void (*after_fork_parent)(void* context) = nullptr;
   void (*after_fork_child)(void* context) = nullptr;
-  // In a forked child, before it is known what it will run: off the critical path.
-  void (*prepare)(void* context) = nullptr;
+  // In the zygote, before it forks the next snippet's process.
+  void (*refresh)(void* context) = nullptr;
   // Runs the snippet in its own process; returns its exit code.
   int (*run)(void* context, const GuestJob& job) = nullptr;
 };

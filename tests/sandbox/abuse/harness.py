@@ -79,9 +79,9 @@ def assert_unharmed(sandbox: NativeSandbox) -> None:
 def snippet_processes(owner: int) -> dict[int, str]:
     """Pid and name of processes below ``owner`` that run a snippet's code.
 
-    Those are filtered by seccomp and not pid 1 of their namespace, as zygotes are; templates are not
-    filtered. A child that waits for its snippet still has its zygote's control socket, which it
-    closes before it runs any code.
+    Those are filtered by seccomp and not pid 1 of their namespace, as zygotes are; templates are
+    not filtered. A child that waits for its snippet still has its zygote's control socket, which
+    it closes before it runs any code.
     """
     statuses = {}
     for entry in Path("/proc").iterdir():
@@ -112,6 +112,6 @@ def snippet_processes(owner: int) -> dict[int, str]:
 def control_socket(pid: int) -> str:
     """What is open as descriptor 3, where zygotes have theirs."""
     try:
-        return os.readlink(f"/proc/{pid}/fd/3")
+        return str(Path(f"/proc/{pid}/fd/3").readlink())
     except OSError:
         return f"none in {pid}"

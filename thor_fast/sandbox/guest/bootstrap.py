@@ -1,6 +1,6 @@
 """Runs inside a template: an interpreter started without ``site``, warmed, then forked.
 
-    python -P -S -s -B bootstrap.py '{"core": ..., "paths": [...], "preload": [...], "jail": {...}, ...}'
+    python -P -S -s -B bootstrap.py '{"core": ..., "preload": [...], "jail": {...}, ...}'
 
 Forked once per jail, and there once per snippet; only that last child runs what follows. Nothing of
 thor_fast is imported here but the native core and this folder's guest files, from their paths: the
@@ -9,9 +9,11 @@ package itself is not on the snippet's path.
 
 from __future__ import annotations
 
+import _random
 import atexit
 import builtins
 import contextlib
+import functools
 import gc
 import importlib
 import importlib.machinery
@@ -28,32 +30,44 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    Report = Callable[[], object]
-
 CONTROL_FD = 3
 DIALOGUE_FD = 3
 FILENAME = "main.py"
 WORKDIR = "/tmp/work"  # noqa: S108  (in the jail's own tmpfs; csrc/core/mounts.h)
 GUEST_PACKAGE = "_thor_guest"
 
-# What modules asked to be called around a fork while they were imported; see _run_fork_hooks.
-_fork_hooks: list[dict[str, Callable[[], object]]] = []
-_register_at_fork = os.register_at_fork
+_core: Any = None
+_guest_modules: dict[str, Any] = {}  # not only in sys.modules, which a snippet may clear
 
 
-def prepare() -> None:
-    """In the child that will run a snippet, before it is known which."""
-    _run_fork_hooks()
+def reseeding() -> Callable[[], object]:
+    """What the zygote calls before each fork, so that the child's random numbers are its own.
+
+    There, because what the zygote writes costs it no copy. Python's at-fork hooks, which would do
+    it for the ``random`` module, are not run: in a process with one thread they have nothing else
+    to repair, and cost as much as the fork.
+    """
+    import random  # after the tier's modules, of which it may be one
+
+    random._inst.gauss_next = None  # noqa: SLF001
+    # Past the method written in Python, whose run would touch 40 pages of the zygote's.
+    seed = functools.partial(_random.Random.seed, random._inst)  # noqa: SLF001
     numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
+    if numpy_random is None:
+        return seed
+    sympy_random = sys.modules.get("sympy.core.random")
+
+    def reseed() -> None:
+        seed()
         # Without a seed of ours it would gather 2.5 KB of entropy, at seven times the price.
         numpy_random.seed(int.from_bytes(os.urandom(4), "little"))
-    sympy_random = sys.modules.get("sympy.core.random")
-    if sympy_random is not None:
-        sympy_random.rng.seed()
+        if sympy_random is not None:
+            sympy_random.rng.seed()
+
+    return reseed
 
 
-def run(payload: bytes, report_out_of_memory: Report, has_dialogue: bool) -> int:
+def run(payload: bytes, has_dialogue: bool) -> int:
     """Run one snippet in this process, which is its own; returns the exit code."""
     # Each page that is first touched here is copied for this snippet: what can be skipped is.
     mode, code, files, env, determinism = marshal.loads(payload)  # noqa: S302  (from our owner)
@@ -64,57 +78,49 @@ def run(payload: bytes, report_out_of_memory: Report, has_dialogue: bool) -> int
     if determinism is not None:
         _guest_module("frozen").make_deterministic(*determinism)
     namespace = sys.modules["__main__"].__dict__
-
-    def judge(error: BaseException | None) -> int:
-        return _judge(error, report_out_of_memory)
-
     if has_dialogue:
-        exit_code = _converse(mode, namespace, judge)
-    else:
-        exit_code = judge(_execute(code, namespace))
-    return _finalise(exit_code)
+        return _finalise(_converse(mode, namespace))
+    return _finalise(_judge(_execute(code, namespace)))
 
 
 def _execute(code: str, namespace: dict[str, Any]) -> BaseException | None:
     """Run a whole block; what it raised."""
     # What tracebacks, warnings and inspect show of the source.
-    lines = io.StringIO(code, newline=None).readlines()
-    linecache.cache[FILENAME] = (0, None, lines, FILENAME)
-    report = _guest_module("report")
+    lines = _Lines(code)
+    linecache.cache[FILENAME] = (0, None, lines, FILENAME)  # type: ignore[assignment]
     try:
         compiled = compile(code, FILENAME, "exec", dont_inherit=True)
     except Exception as error:  # noqa: BLE001  (the snippet's result)
-        return report.raised_by_compiler(error, lines)  # type: ignore[no-any-return]
+        return _guest_module("report").raised_by_compiler(error, lines)  # type: ignore[no-any-return]
     try:
         exec(compiled, namespace)  # noqa: S102
     except BaseException as error:  # noqa: BLE001  (likewise)
-        return report.raised_by_block(error)  # type: ignore[no-any-return]
+        return _guest_module("report").raised_by_block(error)  # type: ignore[no-any-return]
     return None
 
 
-def _converse(
-    mode: str, namespace: dict[str, Any], judge: Callable[[BaseException | None], int]
-) -> int:
+def _converse(mode: str, namespace: dict[str, Any]) -> int:
     dialogue = _guest_module("dialogue")
     talk = dialogue.Conversation(DIALOGUE_FD)
     if mode == "stream":
-        return int(dialogue.serve_stream(talk, namespace, judge))
-
-    def judge_block(error: BaseException | None) -> int:
-        return _judge(error, lambda: None)  # the answer says so, of this block alone
-
+        return int(dialogue.serve_stream(talk, namespace, _judge))
     rewindable = mode == "rewindable session"
-    return int(dialogue.serve_session(talk, namespace, judge_block, rewindable=rewindable))
+    return int(dialogue.serve_session(talk, namespace, _print_and_rate, rewindable=rewindable))
 
 
-def _judge(error: BaseException | None, report_out_of_memory: Report) -> int:
+def _judge(error: BaseException | None) -> int:
+    """As :func:`_print_and_rate`; tells our owner of a lack of memory."""
+    if isinstance(error, MemoryError):
+        _core.report_out_of_memory()
+    return _print_and_rate(error)
+
+
+def _print_and_rate(error: BaseException | None) -> int:
     """The exit code of what ended with ``error``, after printing what plain Python prints."""
     if error is None:
         return 0
     if isinstance(error, SystemExit):
         return _exit_code(error)
-    if isinstance(error, MemoryError):
-        report_out_of_memory()
     _print_exception(error)
     return 1
 
@@ -164,21 +170,24 @@ def _write_files(files: dict[str, bytes]) -> None:
             file.write(content)
 
 
-def _note_fork_hooks(**hooks: Callable[[], object]) -> None:
-    _fork_hooks.append(hooks)
+class _Lines:
+    """A block's lines, split when somebody looks: most blocks end without a traceback."""
 
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._lines: list[str] | None = None
 
-def _run_fork_hooks() -> None:
-    """What a fork of Python's own would have run in the child, and those hooks for later forks.
+    def _split(self) -> list[str]:
+        if self._lines is None:
+            # As of a file; ``str.splitlines`` also splits at form feeds and others.
+            self._lines = io.StringIO(self._text, newline=None).readlines()
+        return self._lines
 
-    The zygote forks without them: as long as it has run nothing else they have nothing to repair
-    but the random numbers, and threading's alone would cost as much as the fork.
-    """
-    os.register_at_fork = _register_at_fork
-    for hooks in _fork_hooks:
-        if "after_in_child" in hooks and hooks["after_in_child"].__module__ != "threading":
-            hooks["after_in_child"]()
-        _register_at_fork(**hooks)  # type: ignore[call-overload]
+    def __len__(self) -> int:
+        return len(self._split())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._split()[index]
 
 
 def _load_core(path: str) -> Any:
@@ -193,14 +202,13 @@ def _load_core(path: str) -> Any:
 
 def _guest_module(name: str) -> Any:
     """A file next to this one, as a module of a package of its own."""
-    loaded = sys.modules.get(f"{GUEST_PACKAGE}.{name}")
-    if loaded is not None:
-        return loaded
-    if GUEST_PACKAGE not in sys.modules:
-        package = types.ModuleType(GUEST_PACKAGE)
-        package.__path__ = [os.path.dirname(__file__)]  # noqa: PTH120
-        sys.modules[GUEST_PACKAGE] = package
-    return importlib.import_module(f"{GUEST_PACKAGE}.{name}")
+    if name not in _guest_modules:
+        if GUEST_PACKAGE not in sys.modules:
+            package = types.ModuleType(GUEST_PACKAGE)
+            package.__path__ = [os.path.dirname(__file__)]  # noqa: PTH120
+            sys.modules[GUEST_PACKAGE] = package
+        _guest_modules[name] = importlib.import_module(f"{GUEST_PACKAGE}.{name}")
+    return _guest_modules[name]
 
 
 def _become_main() -> None:
@@ -219,9 +227,9 @@ def _become_main() -> None:
 def main(config: dict[str, Any]) -> NoReturn:
     """Warm up, then serve; never returns."""
     os.environ.pop("PYTHONHASHSEED", None)  # in effect by now, and not the snippet's business
-    core = _load_core(config["core"])
+    global _core
+    _core = _load_core(config["core"])
     sys.path.extend(config["paths"])
-    os.register_at_fork = _note_fork_hooks  # type: ignore[assignment]
     for name in config["preload"]:
         importlib.import_module(name)
     _guest_module("warm").run(config["routines"])
@@ -232,8 +240,8 @@ def main(config: dict[str, Any]) -> NoReturn:
     _become_main()
     gc.collect()
     gc.freeze()  # the collector then never touches, and so never copies, the shared heap
-    core.collapse_heap()
-    core.serve_template(CONTROL_FD, config["jail"], prepare, run)
+    _core.lay_out_memory()
+    _core.serve_template(CONTROL_FD, config["jail"], reseeding(), run)
     raise SystemExit("serve_template returned")
 
 

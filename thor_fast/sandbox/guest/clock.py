@@ -47,6 +47,7 @@ class _Function:
 
 
 def replace(module: ModuleType, name: str, call: Callable[..., Any]) -> None:
+    """Put ``call`` in the place of a built-in function, and make it look like one."""
     setattr(module, name, _Function(module, name, call))
 
 

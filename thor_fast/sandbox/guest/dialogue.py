@@ -9,14 +9,10 @@ for more than the fate of that code.
 
 from __future__ import annotations
 
-import _socket
 import json
 import marshal
-import mmap
 import os
-import select
 import signal
-import struct
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,21 +26,27 @@ if TYPE_CHECKING:
     Judge = Callable[[BaseException | None], int]
     """Prints what is to be printed of an exception; gives the exit code."""
 
-_INT = struct.Struct("i")
+# The extension modules that only a dialogue needs are imported when one begins: mapped into every
+# snippet's process, they would cost all of them more than they save a few.
+
+_INT_BYTES = 4  # of a C int: a descriptor
 
 
 class Conversation:
     """Our end of the socket."""
 
     def __init__(self, fd: int) -> None:
+        import _socket
+
         self._socket = _socket.socket(fileno=fd)
+        self._room = _socket.CMSG_SPACE(_INT_BYTES)
 
     def receive(self) -> tuple[Any, ...]:
         """The next step. There is no life after the other end has closed."""
-        data, ancillary, _, _ = self._socket.recvmsg(4096, _socket.CMSG_SPACE(_INT.size))
+        data, ancillary, _, _ = self._socket.recvmsg(4096, self._room)
         if not data or not ancillary:
             os._exit(0)
-        with open(_INT.unpack(ancillary[0][2])[0], "rb") as file:  # noqa: PTH123
+        with open(int.from_bytes(ancillary[0][2], sys.byteorder), "rb") as file:  # noqa: PTH123
             step: tuple[Any, ...] = marshal.loads(file.read())  # noqa: S302  (from our owner)
         return step
 
@@ -103,6 +105,8 @@ class _Chain:
     """
 
     def __init__(self, talk: Conversation) -> None:
+        import mmap
+
         self._talk = talk
         self._depth = 0
         self._over = -1  # where to say that the block is over
@@ -144,6 +148,8 @@ class _Chain:
         os._exit(0)
 
     def _wait(self, pid: int, over: int, timeout_s: float) -> None:
+        import select
+
         watch = os.pidfd_open(pid)
         poll = select.poll()
         poll.register(watch, select.POLLIN)
@@ -163,8 +169,7 @@ class _Chain:
             self._talk.answer("gone", status, timed_out)
 
     def _set(self, blocks: int) -> None:
-        self._to_rewind[: _INT.size] = _INT.pack(blocks)
+        self._to_rewind[:_INT_BYTES] = blocks.to_bytes(_INT_BYTES, sys.byteorder)
 
     def _get(self) -> int:
-        value: int = _INT.unpack(self._to_rewind[: _INT.size])[0]
-        return value
+        return int.from_bytes(self._to_rewind[:_INT_BYTES], sys.byteorder)

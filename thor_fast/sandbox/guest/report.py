@@ -17,7 +17,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 def show_exception(error: BaseException) -> None:
@@ -32,7 +32,7 @@ def raised_by_block(error: BaseException) -> BaseException:
     return error.with_traceback(trace.tb_next if trace is not None else None)
 
 
-def raised_by_compiler(error: BaseException, lines: list[str]) -> BaseException:
+def raised_by_compiler(error: BaseException, lines: Sequence[str]) -> BaseException:
     """Without our frames, and with what would have been found in a file ``main.py``."""
     if isinstance(error, SyntaxError) and error.lineno:
         error.text = "".join(lines[error.lineno - 1 : error.lineno]) or error.text

@@ -1,7 +1,7 @@
 """Builds in a template, once, what every snippet would otherwise build lazily after its fork.
 
-Loaded from its file by ``bootstrap.py``, so only the standard library is imported here. A routine is
-a script, as a snippet is one: a family of calls on inputs no task would hold. Wanted are the
+Loaded from its file by ``bootstrap.py``, so only the standard library is imported here. A routine
+is a script, as a snippet is one: a family of calls on inputs no task would hold. Wanted are the
 modules, tables, compiled patterns and specialised bytecode behind the calls, never their results:
 what could show in a snippet (result caches, counters, warning registries) is forgotten at the end.
 """
