@@ -33,7 +33,7 @@ TEST(Dialogue, StepsAreAnsweredInOrder) {
     EXPECT_EQ(done[i].ticket, tickets[i]);
     EXPECT_EQ(done[i].result.reply, std::to_string(i));
   }
-  EXPECT_EQ(ask(orchestrator, dialogue, "fds").stdout_data, "0 1 2 3 ");
+  EXPECT_EQ(ask(orchestrator, dialogue, "fds").stdout_data, "0 1 2 3 4 ") << "4: the step";
   EXPECT_EQ(ask(orchestrator, dialogue, "write state 1").reply, "0");
   EXPECT_EQ(ask(orchestrator, dialogue, "write state 1").reply, "0") << "its files are still there";
 }

@@ -103,16 +103,8 @@ TEST(Start, ClosingWhileATierStarts) {
   EXPECT_EQ(await(*sink, 1).at(0).result.error, "the sandbox was closed");
 }
 
-// Each jail's first child dies at once: whoever asked is told, and nobody makes jails for ever.
-TEST(Start, ChildrenThatDieBeforeTheyAreAskedAreNotReplacedForEver) {
-  OrchestratorConfig config = stub_config(1);
-  config.env = {"STUB_PREPARE=die"};
-  Orchestrator orchestrator(config);
-  EXPECT_EQ(run_one(orchestrator, command("print x")).status, Status::kInfra);
-  const std::uint64_t made = orchestrator.stats().counts.jails_made;
-  EXPECT_LE(made, 8U);
-  EXPECT_EQ(run_one(orchestrator, command("print x")).status, Status::kInfra);
-  EXPECT_LE(orchestrator.stats().counts.jails_made, made + 8U);
+TEST(Start, AZygoteThatDiesAtOnceIsSaid) {
+  EXPECT_EQ(start_error(with("STUB_REFRESH=die")), "a jail died before it could serve");
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 // Its environment: STUB_REFUSE=NAME makes the tier of that name (argv[1]) die before it serves,
 // STUB_HANG=NAME makes it wait for ever, STUB_THREAD makes it multi-threaded, STUB_READONLY adds a
 // read-only path, STUB_LAYERS=0 requires no optional layer, STUB_CGROUP is the pool's directory,
-// STUB_PREPARE=die ends each child before it is asked anything.
+// STUB_REFRESH=die ends each zygote before it parks a child.
 #include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
@@ -261,9 +261,8 @@ int run(void* /*context*/, const thor::GuestJob& job) {
   return obey(job.payload);
 }
 
-void prepare(void* /*context*/) {
-  const char* how = std::getenv("STUB_PREPARE");
-  if (how != nullptr) ::_exit(1);
+void refresh(void* /*context*/) {
+  if (std::getenv("STUB_REFRESH") != nullptr) ::_exit(1);
 }
 
 bool named(const char* variable, const char* tier) {
@@ -302,6 +301,6 @@ int main(int argc, char** argv) {
                         .before_fork = nothing,
                         .after_fork_parent = nothing,
                         .after_fork_child = nothing,
-                        .prepare = &prepare,
+                        .refresh = &refresh,
                         .run = &run});
 }
