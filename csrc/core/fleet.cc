@@ -226,7 +226,7 @@ void Fleet::tier_failed(std::size_t tier) {
   tiers_[tier].stop();
   deadlines_.clear(tier);
   for (std::size_t i = 0; i < jails_.size(); ++i) {
-    if (jails_[i] && jails_[i]->tier == tier) discard(i, infra(failure_));
+    if (jails_[i] && jails_[i]->tier == tier) on_jail_gone(i, failure_);
   }
 }
 
@@ -304,7 +304,7 @@ void Fleet::on_jail(std::size_t index) {
     std::vector<UniqueFd> fds;
     switch (receive_message(jail.socket.get(), &message, &fds)) {
       case Received::kNothing: return;
-      case Received::kClosed: return on_jail_gone(index);
+      case Received::kClosed: return on_jail_gone(index, "the snippet's jail died");
       case Received::kMessage: break;
     }
     if (message.kind == MessageKind::kJailMade && fds.size() == 1) {
@@ -320,7 +320,7 @@ void Fleet::on_jail(std::size_t index) {
   }
 }
 
-void Fleet::on_jail_gone(std::size_t index) {
+void Fleet::on_jail_gone(std::size_t index, const std::string& why) {
   JailHandle& jail = *jails_[index];
   if (jail.slot && jail.state == JailHandle::State::kPreparing &&
       jail.slot->killed == KillReason::kNone && jail.dialogue == 0 &&
@@ -329,9 +329,8 @@ void Fleet::on_jail_gone(std::size_t index) {
     jail.slot.reset();
     --running_;
   }
-  failure_ = jail.state == JailHandle::State::kPreparing ? "a jail died before it could serve"
-                                                         : "the snippet's jail died";
-  discard(index, infra(failure_));
+  if (jail.state == JailHandle::State::kPreparing) failure_ = why;
+  discard(index, infra(why));
 }
 
 void Fleet::on_parked(std::size_t index, const Message& parked, std::vector<UniqueFd> fds) {

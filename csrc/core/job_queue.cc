@@ -133,8 +133,8 @@ TierMask JobQueue::wanted() const {
 void JobQueue::reroute(std::uint32_t from, std::uint32_t to) {
   const std::lock_guard lock(mutex_);
   for (auto& [rank, job] : lines_[from]) {
+    job.request.tier = to;  // what decides whose jail it gets
     places_[rank.ticket].first = to;
-    job.request.tier = to;
   }
   lines_[to].merge(lines_[from]);
 }

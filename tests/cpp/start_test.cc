@@ -104,7 +104,7 @@ TEST(Start, ClosingWhileATierStarts) {
 }
 
 TEST(Start, AZygoteThatDiesAtOnceIsSaid) {
-  EXPECT_EQ(start_error(with("STUB_REFRESH=die")), "a jail died before it could serve");
+  EXPECT_EQ(start_error(with("STUB_REFRESH=die")), "the snippet's jail died");
 }
 
 }  // namespace
