@@ -2,7 +2,7 @@
 PYTHON ?= python
 JOBS ?= $(shell nproc)
 
-.PHONY: help install lint format types stubs cpp asan tsan tidy test constraints clean
+.PHONY: help install lint format types stubs cpp asan tsan tidy fuzz test constraints clean
 
 help: ## what there is
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,15 @@ tsan: ## C++ tests under ThreadSanitizer
 
 tidy: ## clang-tidy, warnings are errors
 	cmake --preset tidy && cmake --build --preset tidy -j $(JOBS)
+
+FUZZ_SECONDS ?= 20
+fuzz: ## each fuzz target for FUZZ_SECONDS (needs clang)
+	cmake --preset fuzz && cmake --build --preset fuzz -j $(JOBS)
+	mkdir -p build/fuzz/found
+	for target in output_buffer memory_hierarchy receive_message; do \
+	  ./build/fuzz/tests/cpp/fuzz/fuzz_$$target -max_total_time=$(FUZZ_SECONDS) -max_len=65536 \
+	    -artifact_prefix=build/fuzz/found/ "$$(mktemp -d)" tests/cpp/fuzz/corpus/$$target || exit 1; \
+	done
 
 test: ## the Python tests
 	pytest

@@ -21,6 +21,7 @@ class Tier {
   Tier(Tier&&) = default;
   Tier& operator=(Tier&&) = delete;
   Tier(const Tier&) = delete;
+  Tier& operator=(const Tier&) = delete;
   ~Tier() { stop(); }
 
   [[nodiscard]] State state() const { return state_; }
