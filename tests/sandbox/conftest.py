@@ -2,4 +2,4 @@
 
 import pytest
 
-pytest.register_assert_rewrite("tests.sandbox.contract")
+pytest.register_assert_rewrite("tests.sandbox.contract", "tests.sandbox.contract_world")

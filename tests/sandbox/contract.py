@@ -16,6 +16,8 @@ import pytest
 from thor_fast.errors import SandboxError
 from thor_fast.types import ExecutionRequest, Status
 
+from .contract_world import WorldContract
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 
 
-class SandboxContract:
+class SandboxContract(WorldContract):
     """Its module gives the fixtures ``shared`` (an open sandbox) and ``fresh`` (a new one)."""
 
     @pytest.fixture

@@ -189,13 +189,21 @@ class NativeSandbox:
         for index, name in enumerate(names):
             if tiers and name not in tiers:
                 continue
+            # Snippets of a tier that cannot start are served by a lighter one: ask who answers.
+            lacking = (
+                f"import sys; print(*sorted({{*{self._tiers[index].modules}}} - {{*sys.modules}}))"
+            )
             sink = ThreadSink()
             request = encode_request(
-                ExecutionRequest(""), self._limits, tier=index, determinism=self._deterministic
+                ExecutionRequest(lacking),
+                self._limits,
+                tier=index,
+                determinism=self._deterministic,
             )
             result = decode_result(sink.take(self._enqueue(request, sink.queue)))
-            if result.status is not Status.OK:
-                raise SandboxError(f"tier {name!r} did not start: {result.error or result.stderr}")
+            if result.status is not Status.OK or result.stdout != "\n":
+                why = result.error or result.stderr or f"it cannot import {result.stdout.strip()}"
+                raise SandboxError(f"tier {name!r} did not start: {why}")
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
@@ -250,9 +258,7 @@ class NativeSandbox:
     def _timeout_of(self, request: ExecutionRequest) -> float:
         return self._limits.timeout_s if request.timeout_s is None else request.timeout_s
 
-    async def _submit_async(
-        self, submit: Callable[[_core.CompletionQueue], int]
-    ) -> Completion:
+    async def _submit_async(self, submit: Callable[[_core.CompletionQueue], int]) -> Completion:
         """Await the completion of what ``submit`` queues; cancelling cancels it."""
         sink = self._loop_sink(asyncio.get_running_loop())
         ticket = submit(sink.queue)
