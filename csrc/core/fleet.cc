@@ -193,7 +193,7 @@ void Fleet::on_tier(std::size_t tier) {
 void Fleet::tier_failed(std::size_t tier) {
   deadlines_.clear(tier);
   for (std::size_t i = 0; i < jails_.size(); ++i) {
-    if (jails_[i] && jails_[i]->tier == tier) discard(i, infra(failure_));
+    if (jails_[i] && jails_[i]->tier == tier) on_jail_gone(i, failure_);
   }
 }
 
@@ -244,7 +244,7 @@ void Fleet::on_jail(std::size_t index) {
     std::vector<UniqueFd> fds;
     switch (receive_message(jail.socket.get(), &message, &fds)) {
       case Received::kNothing: return;
-      case Received::kClosed: return on_jail_gone(index);
+      case Received::kClosed: return on_jail_gone(index, "the snippet's jail died");
       case Received::kMessage: break;
     }
     if (message.kind == MessageKind::kJailMade && fds.size() == 1) {
@@ -260,7 +260,7 @@ void Fleet::on_jail(std::size_t index) {
   }
 }
 
-void Fleet::on_jail_gone(std::size_t index) {
+void Fleet::on_jail_gone(std::size_t index, const std::string& why) {
   JailHandle& jail = *jails_[index];
   if (jail.slot && jail.state == JailHandle::State::kPreparing &&
       jail.slot->killed == KillReason::kNone && jail.dialogue == 0 &&
@@ -269,7 +269,7 @@ void Fleet::on_jail_gone(std::size_t index) {
     jail.slot.reset();
     --running_;
   }
-  discard(index, infra("the snippet's jail died"));
+  discard(index, infra(why));
 }
 
 void Fleet::on_parked(std::size_t index, const Message& parked, std::vector<UniqueFd> fds) {

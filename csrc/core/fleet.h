@@ -72,7 +72,7 @@ class Fleet {
   std::size_t jail_for(std::size_t tier);
   Group* group_of(std::size_t index);
   void on_jail(std::size_t index);
-  void on_jail_gone(std::size_t index);
+  void on_jail_gone(std::size_t index, const std::string& why);
   void on_parked(std::size_t index, const Message& parked, std::vector<UniqueFd> fds);
   void on_exited(std::size_t index, const Message& exited, const std::vector<UniqueFd>& files);
   void discard(std::size_t index, Result result);

@@ -129,7 +129,10 @@ TierMask JobQueue::wanted() const {
 
 void JobQueue::reroute(std::uint32_t from, std::uint32_t to) {
   const std::lock_guard lock(mutex_);
-  for (const auto& [rank, job] : lines_[from]) places_[rank.ticket].first = to;
+  for (auto& [rank, job] : lines_[from]) {
+    job.request.tier = to;  // what decides whose jail it gets
+    places_[rank.ticket].first = to;
+  }
   lines_[to].merge(lines_[from]);
 }
 
