@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <utility>
@@ -26,8 +27,8 @@ UniqueFd open_beneath(const std::string& path) {
     if (part.empty() || part == ".") continue;
     if (part == "..") return UniqueFd();
     // A named pipe must not hold us up.
-    const int flags = begin == std::string::npos ? O_RDONLY | O_NONBLOCK | O_NOCTTY
-                                                 : O_PATH | O_DIRECTORY;
+    const int flags =
+        begin == std::string::npos ? O_RDONLY | O_NONBLOCK | O_NOCTTY : O_PATH | O_DIRECTORY;
     at.reset(::openat(at.get(), part.c_str(), flags | O_NOFOLLOW | O_CLOEXEC));
   }
   return at;
@@ -39,8 +40,7 @@ bool read_whole(int fd, std::uint64_t most, std::string* out) {
   out->resize(static_cast<std::size_t>(info.st_size));
   std::size_t done = 0;
   while (done < out->size()) {
-    const ssize_t n =
-        ::pread(fd, out->data() + done, out->size() - done, static_cast<off_t>(done));
+    const ssize_t n = ::pread(fd, out->data() + done, out->size() - done, static_cast<off_t>(done));
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) return false;
     done += static_cast<std::size_t>(n);
@@ -72,7 +72,7 @@ std::map<std::string, std::string> read_collected(const std::vector<std::string>
   std::map<std::string, std::string> out;
   std::uint64_t left = kMaxCollectedSize;
   std::size_t next = 0;
-  for (std::size_t i = 0; i < paths.size() && next < files.size(); ++i) {
+  for (std::size_t i = 0; i < std::min(paths.size(), kMaxCollected) && next < files.size(); ++i) {
     if ((found >> i & 1U) == 0) continue;
     std::string text;
     if (!read_whole(files[next++].get(), left, &text)) continue;

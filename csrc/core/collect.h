@@ -11,7 +11,7 @@
 
 namespace thor {
 
-inline constexpr std::size_t kMaxCollectBytes = 3'072;       // of all paths, their NULs included
+inline constexpr std::size_t kMaxCollectBytes = 3'072;  // of all paths, their NULs included
 inline constexpr std::uint64_t kMaxCollectedSize = std::uint64_t{32} << 20;  // of all contents
 
 // In the zygote, when nobody of the jail is left: opens the regular files that `paths` (NUL-ended,

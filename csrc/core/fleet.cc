@@ -3,6 +3,7 @@
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <array>
@@ -37,6 +38,7 @@ Fleet::Fleet(const OrchestratorConfig& config, int wake, JobQueue* jobs)
       jails_(config.tiers.size() * config.slots + config.max_dialogues),
       groups_(jails_.size()),
       deadlines_(config.tiers.size() + jails_.size()) {
+  if (!epoll_) throw std::system_error(errno, std::generic_category(), "epoll_create1");
   for (const TierConfig& tier : config.tiers) tiers_.emplace_back(tier, config.env);
   watch(wake_, Source::kWake, 0);
 }
@@ -69,14 +71,18 @@ bool Fleet::start(std::string* reason) {
   return false;
 }
 
-// --- one turn of the loop -------------------------------------------------------------------------
+// --- one turn of the loop
+// -------------------------------------------------------------------------
 
 bool Fleet::turn(std::string* reason) {
   std::array<epoll_event, 64> events{};
   const int timeout = deadlines_.poll_timeout_ms(Clock::now());
   const int n = ::epoll_wait(epoll_.get(), events.data(), events.size(), timeout);
   // Nothing is made before all of these are dealt with: an index may not change its meaning.
-  for (int i = 0; i < n; ++i) handle(events[static_cast<std::size_t>(i)].data.u64);
+  for (int i = 0; i < n; ++i) {
+    const epoll_event& event = events[static_cast<std::size_t>(i)];
+    handle(event.data.u64, (event.events & EPOLLHUP) != 0);
+  }
   while (const auto index = deadlines_.expired(Clock::now())) on_deadline(*index);
   heed_wishes();
   start_wanted_tiers();
@@ -98,9 +104,11 @@ void Fleet::watch(int fd, Source source, std::size_t index) {
   }
 }
 
+// Before a descriptor is closed: a fork of the host may hold it open, and epoll would go on to
+// report it.
 void Fleet::unwatch(int fd) const { ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr); }
 
-void Fleet::handle(std::uint64_t about) {
+void Fleet::handle(std::uint64_t about, bool hung_up) {
   const auto index = static_cast<std::size_t>(about & 0xffffffffU);
   const auto source = static_cast<Source>(about >> 32);
   if (source == Source::kWake) {
@@ -110,7 +118,8 @@ void Fleet::handle(std::uint64_t about) {
     on_tier(index);
   } else if (jails_[index]) {  // otherwise it went earlier in this turn
     switch (source) {
-      case Source::kOutput: return on_output(index);
+      case Source::kOutput: return on_output(index, &JailHandle::standard_output, hung_up);
+      case Source::kErrorOutput: return on_output(index, &JailHandle::standard_error, hung_up);
       case Source::kDialogue: return on_reply(index);
       default: return on_jail(index);
     }
@@ -121,13 +130,14 @@ void Fleet::on_deadline(std::size_t index) {
   if (index < tiers_.size()) {
     failure_ = "the sandbox's template '" + tiers_[index].name() + "' was not ready after " +
                std::to_string(config_.startup_timeout.count()) + " ms";
-    tiers_[index].stop();
     return tier_failed(index);
   }
   index -= tiers_.size();
   JailHandle& jail = *jails_[index];
   if (jail.state == JailHandle::State::kPreparing) {
-    return discard(index, infra("a jail was not ready in time"));
+    failure_ =
+        "a jail was not ready after " + std::to_string(config_.startup_timeout.count()) + " ms";
+    return discard(index, infra(failure_));
   }
   if (!jail.slot) return discard(index, infra("its life is over"));  // a dialogue between steps
   Slot& slot = *jail.slot;
@@ -135,8 +145,12 @@ void Fleet::on_deadline(std::size_t index) {
     const Ending ending{.exited = {.started = true}};
     return discard(index, conclude(slot, ending, Clock::now()));
   }
-  if (!jail.watched) return watch_output(index);
-  kill(index, KillReason::kTimeout);
+  if (jail.watched) return kill(index, KillReason::kTimeout);
+  try {
+    watch_output(index);
+  } catch (const std::system_error& e) {
+    discard(index, infra(std::string("watching a snippet: ") + e.what()));
+  }
 }
 
 void Fleet::heed_wishes() {
@@ -148,26 +162,42 @@ void Fleet::heed_wishes() {
         kill(i, KillReason::kCancelled);
       }
     }
+    cancel_waiting_step(ticket);
   }
   for (const std::uint64_t id : wishes.closed) close_dialogue(id);
+  for (const Job& job : wishes.closed_steps) jobs_->answer(job, infra("the dialogue was closed"));
+}
+
+void Fleet::cancel_waiting_step(std::uint64_t ticket) {
+  for (auto& [id, dialogue] : dialogues_) {
+    const auto found = std::ranges::find(dialogue.waiting, ticket, &Job::ticket);
+    if (found == dialogue.waiting.end()) continue;
+    jobs_->answer(*found, infra("cancelled by the caller"));
+    dialogue.waiting.erase(found);
+    return;
+  }
 }
 
 void Fleet::publish() {
   counts_.running = running_;
-  counts_.jails = static_cast<std::uint64_t>(
-      std::count_if(jails_.begin(), jails_.end(), [](const auto& jail) { return jail != nullptr; }));
+  counts_.jails = static_cast<std::uint64_t>(std::count_if(
+      jails_.begin(), jails_.end(), [](const auto& jail) { return jail != nullptr; }));
   jobs_->set_counts(counts_);
 }
 
-// --- tiers ----------------------------------------------------------------------------------------
+// --- tiers
+// ----------------------------------------------------------------------------------------
 
 void Fleet::start_wanted_tiers() {
-  const TierMask wanted = jobs_->wanted();
-  for (std::size_t i = 0; i < tiers_.size(); ++i) {
+  TierMask wanted = jobs_->wanted();
+  // Downwards, so that a tier is started in the very turn in which it inherits requests: nothing
+  // might wake us for another.
+  for (std::size_t i = tiers_.size(); i-- > 0;) {
     if ((wanted >> i & 1U) == 0) continue;
-    if (tiers_[i].state() == Tier::State::kAbsent) start_tier(i);
+    while (tiers_[i].state() == Tier::State::kAbsent) start_tier(i);
     if (tiers_[i].state() == Tier::State::kFailed && i > 0) {
       jobs_->reroute(static_cast<std::uint32_t>(i), static_cast<std::uint32_t>(i - 1));
+      wanted |= TierMask{1} << (i - 1);
     }
   }
 }
@@ -180,6 +210,7 @@ void Fleet::start_tier(std::size_t tier) {
     ++counts_.template_starts;
   } catch (const std::system_error& e) {
     failure_ = std::string("the sandbox's template could not be started: ") + e.what();
+    tiers_[tier].stop();
   }
 }
 
@@ -191,17 +222,36 @@ void Fleet::on_tier(std::size_t tier) {
 
 // Its jails died with it.
 void Fleet::tier_failed(std::size_t tier) {
+  unwatch(tiers_[tier].control_fd());
+  tiers_[tier].stop();
   deadlines_.clear(tier);
   for (std::size_t i = 0; i < jails_.size(); ++i) {
     if (jails_[i] && jails_[i]->tier == tier) on_jail_gone(i, failure_);
   }
 }
 
-// --- jails ----------------------------------------------------------------------------------------
+// --- jails
+// ----------------------------------------------------------------------------------------
+
+// Dialogues leave their jails to snippets when they end, so that idle ones can have taken all room.
+std::size_t Fleet::free_index() {
+  auto found = std::find(jails_.begin(), jails_.end(), nullptr);
+  if (found == jails_.end()) {
+    found = std::ranges::find_if(
+        jails_, [](const auto& jail) { return !jail->slot && jail->dialogue == 0; });
+  }
+  if (found == jails_.end()) {
+    throw std::system_error(
+        EAGAIN, std::generic_category(),
+        std::to_string(jails_.size()) + " jails are in use, the most at a time");
+  }
+  const auto index = static_cast<std::size_t>(found - jails_.begin());
+  if (jails_[index]) discard(index, Result{});
+  return index;
+}
 
 std::size_t Fleet::make_jail(std::size_t tier) {
-  const auto index = static_cast<std::size_t>(
-      std::find(jails_.begin(), jails_.end(), nullptr) - jails_.begin());
+  const std::size_t index = free_index();
   const Group* group = group_of(index);
   auto jail = std::make_unique<JailHandle>();
   jail->tier = static_cast<std::uint32_t>(tier);
@@ -210,6 +260,7 @@ std::size_t Fleet::make_jail(std::size_t tier) {
   watch(jail->socket.get(), Source::kJail, index);
   deadlines_.set(deadline_of_jail(index), Clock::now() + config_.startup_timeout);
   jails_[index] = std::move(jail);
+  if (group != nullptr) static_cast<void>(killed_for_memory(index));  // its predecessor's
   ++counts_.jails_made;
   return index;
 }
@@ -231,10 +282,19 @@ Fleet::Group* Fleet::group_of(std::size_t index) {
   if (!config_.cgroups) return nullptr;
   Group& group = groups_[index];
   if (!group.cgroup) {
-    const CgroupError error = config_.cgroups->create("jail" + std::to_string(index), &group.cgroup);
-    if (error) throw std::system_error(error.error_number, std::generic_category(), describe(error));
+    const CgroupError error =
+        config_.cgroups->create("jail" + std::to_string(index), &group.cgroup);
+    if (error)
+      throw std::system_error(error.error_number, std::generic_category(), describe(error));
   }
   return &group;
+}
+
+// Since the last time anybody asked.
+bool Fleet::killed_for_memory(std::size_t index) {
+  Group& group = groups_[index];
+  const std::uint64_t kills = group.cgroup.oom_kills().value_or(0);
+  return kills > std::exchange(group.oom_kills, kills);
 }
 
 void Fleet::on_jail(std::size_t index) {
@@ -269,6 +329,7 @@ void Fleet::on_jail_gone(std::size_t index, const std::string& why) {
     jail.slot.reset();
     --running_;
   }
+  if (jail.state == JailHandle::State::kPreparing) failure_ = why;
   discard(index, infra(why));
 }
 
@@ -288,19 +349,16 @@ void Fleet::on_exited(std::size_t index, const Message& exited,
                       const std::vector<UniqueFd>& files) {
   JailHandle& jail = *jails_[index];
   const Clock::time_point now = Clock::now();
-  if (!exited.pristine) ++counts_.jails_discarded;
+  const bool left_traces = exited.started && !exited.pristine;
+  if (left_traces) ++counts_.jails_discarded;
   jail.state = JailHandle::State::kPreparing;
   deadlines_.set(deadline_of_jail(index), now + config_.startup_timeout);
   if (jail.slot) {
     // All writers are dead, so what the pipes hold now is all there will ever be.
-    jail.slot->drain(&jail.standard_output, &jail.standard_error);
+    jail.slot->drain(jail.standard_output.get(), jail.standard_error.get());
     Ending ending{.exited = exited, .killed_for_memory = exited.tree_out_of_memory};
-    if (config_.cgroups && exited.snippet_status != 0) {
-      Group& group = groups_[index];
-      const std::uint64_t kills = group.cgroup.oom_kills().value_or(0);
-      ending.killed_for_memory = kills > group.oom_kills;
-      group.oom_kills = kills;
-    }
+    // Of every snippet: a kill that its main process survived is not the next one's.
+    if (config_.cgroups) ending.killed_for_memory = killed_for_memory(index);
     Result result = conclude(*jail.slot, ending, now);
     const Job& job = jail.slot->job;
     const Request& opening = job.opening ? *job.opening : job.request;
@@ -308,12 +366,14 @@ void Fleet::on_exited(std::size_t index, const Message& exited,
     finish(index, std::move(result));
   }
   if (jail.dialogue != 0) end_dialogue(index, "its process ended");
-  jail.watched = false;
+  unwatch_output(index);
+  jail.standard_output.reset();
+  jail.standard_error.reset();
   jail.so_far.reset();
-  if (!exited.pristine) {
-    replacements_.push_back(jail.tier);
-    discard(index, Result{});
-  }
+  if (exited.pristine) return;
+  // Not for a child that died before it ran anything: the next one might too, for ever.
+  if (left_traces) replacements_.push_back(jail.tier);
+  discard(index, Result{});
 }
 
 // Kills whatever is left of a jail; `result` is for who waits for it, if anybody does.
@@ -323,6 +383,10 @@ void Fleet::discard(std::size_t index, Result result) {
   const std::string why = result.error;
   if (jail.slot) finish(index, std::move(result));
   if (jail.dialogue != 0) end_dialogue(index, why);  // after it: steps are answered in order
+  unwatch_output(index);
+  unwatch(jail.socket.get());
+  // Closing would not do where the host has forked: its children hold our end too.
+  ::shutdown(jail.socket.get(), SHUT_RDWR);
   deadlines_.clear(deadline_of_jail(index));
   jails_[index].reset();
 }
@@ -331,7 +395,7 @@ void Fleet::watch_output(std::size_t index) {
   JailHandle& jail = *jails_[index];
   jail.watched = true;
   if (jail.standard_output) watch(jail.standard_output.get(), Source::kOutput, index);
-  if (jail.standard_error) watch(jail.standard_error.get(), Source::kOutput, index);
+  if (jail.standard_error) watch(jail.standard_error.get(), Source::kErrorOutput, index);
   deadlines_.set(deadline_of_jail(index), jail.slot->deadline());
 }
 
@@ -343,12 +407,26 @@ void Fleet::unwatch_output(std::size_t index) {
   if (jail.standard_error) unwatch(jail.standard_error.get());
 }
 
-// --- requests -------------------------------------------------------------------------------------
+// --- requests
+// -------------------------------------------------------------------------------------
+
+// Before anybody asks for it, as far as snippets at work can need it.
+void Fleet::replace_jail(std::size_t tier) {
+  const auto jails = std::ranges::count_if(jails_, [tier](const auto& jail) {
+    return jail && jail->tier == tier && jail->dialogue == 0;
+  });
+  if (tiers_[tier].state() != Tier::State::kReady || std::cmp_greater_equal(jails, config_.slots)) {
+    return;
+  }
+  try {
+    make_jail(tier);
+  } catch (const std::system_error& e) {  // out of descriptors or memory: whoever needs one is told
+    failure_ = std::string("a jail could not be made: ") + e.what();
+  }
+}
 
 void Fleet::serve_queued() {
-  for (const std::size_t tier : std::exchange(replacements_, {})) {
-    if (tiers_[tier].state() == Tier::State::kReady) make_jail(tier);
-  }
+  for (const std::size_t tier : std::exchange(replacements_, {})) replace_jail(tier);
   TierMask ready = 0;
   for (std::size_t i = 0; i < tiers_.size(); ++i) {
     if (tiers_[i].state() == Tier::State::kReady) ready |= TierMask{1} << i;
@@ -361,7 +439,8 @@ void Fleet::serve_queued() {
       continue;
     }
     try {
-      bind(jail_for(job->request.tier), std::move(*job));
+      const std::size_t index = jail_for(job->request.tier);  // before the job is moved: it throws
+      bind(index, std::move(*job));
     } catch (const std::system_error& e) {  // out of descriptors or memory
       jobs_->answer(*job, infra(std::string("preparing a snippet: ") + e.what()));
     }
@@ -439,11 +518,16 @@ void Fleet::ask(std::size_t index) {
   }
 }
 
-void Fleet::on_output(std::size_t index) {
+void Fleet::on_output(std::size_t index, UniqueFd JailHandle::* stream, bool hung_up) {
   JailHandle& jail = *jails_[index];
-  if (jail.slot && !jail.slot->drain(&jail.standard_output, &jail.standard_error)) {
-    kill(index, KillReason::kOutput);
+  if (!jail.slot || !jail.watched) return;  // of a child that went earlier in this turn
+  if (!jail.slot->drain(jail.standard_output.get(), jail.standard_error.get())) {
+    unwatch_output(index);  // what is left in the pipe would wake us until it is gone
+    return kill(index, KillReason::kOutput);
   }
+  if (!hung_up) return;
+  unwatch((jail.*stream).get());
+  (jail.*stream).reset();
 }
 
 void Fleet::on_reply(std::size_t index) {
@@ -451,11 +535,13 @@ void Fleet::on_reply(std::size_t index) {
   std::string text;
   switch (receive_reply(jail, &text)) {
     case Reply::kNothing: return;
-    case Reply::kClosed: return jail.dialogue_socket.reset();  // its end will follow
+    case Reply::kClosed: return hang_up(index);  // its end will follow
     case Reply::kReply: break;
   }
-  if (!jail.slot || jail.slot->killed != KillReason::kNone) return;  // unasked, or too late
-  jail.slot->drain(&jail.standard_output, &jail.standard_error);
+  // It could keep us busy, at nobody's expense.
+  if (!jail.slot) return discard(index, infra("it spoke without being asked"));
+  if (jail.slot->killed != KillReason::kNone) return;  // too late
+  jail.slot->drain(jail.standard_output.get(), jail.standard_error.get());
   unwatch_output(index);
   deadlines_.set(deadline_of_jail(index), jail.expires);
   const bool accumulate = jail.slot->job.opening->accumulate;
@@ -467,6 +553,12 @@ void Fleet::on_reply(std::size_t index) {
   Job next = std::move(dialogue.waiting.front());
   dialogue.waiting.pop_front();
   bind(index, std::move(next));
+}
+
+void Fleet::hang_up(std::size_t index) {
+  UniqueFd& socket = jails_[index]->dialogue_socket;
+  if (socket) unwatch(socket.get());
+  socket.reset();
 }
 
 void Fleet::kill(std::size_t index, KillReason reason) {
@@ -488,7 +580,7 @@ void Fleet::finish(std::size_t index, Result result) {
 void Fleet::end_dialogue(std::size_t index, const std::string& why) {
   JailHandle& jail = *jails_[index];
   const auto found = dialogues_.find(std::exchange(jail.dialogue, 0));
-  jail.dialogue_socket.reset();
+  hang_up(index);
   if (found == dialogues_.end()) return;  // closed by its owner
   found->second.ended = why.empty() ? "its process ended" : why;
   for (const Job& job : std::exchange(found->second.waiting, {})) {

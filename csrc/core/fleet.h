@@ -26,13 +26,14 @@ inline constexpr std::size_t kMaxTiers = 64;  // bits of a TierMask
 
 class Fleet {
  public:
-  // `wake` is an eventfd: written, it ends a turn's wait.
+  // `wake` is an eventfd: written, it ends a turn's wait. Throws std::system_error.
   Fleet(const OrchestratorConfig& config, int wake, JobQueue* jobs);
   ~Fleet();  // kills all; what ran is answered with INFRA
   Fleet(const Fleet&) = delete;
   Fleet& operator=(const Fleet&) = delete;
 
-  // Until a jail of the first tier serves. False, with the reason, if that cannot be had.
+  // Until a jail of the first tier serves. False, with the reason, if that cannot be had. Throws
+  // std::system_error when out of descriptors or memory.
   bool start(std::string* reason);
 
   // Waits for something to happen and deals with it. False, with the reason, when there is nobody
@@ -40,7 +41,7 @@ class Fleet {
   bool turn(std::string* reason);
 
  private:
-  enum class Source : std::uint32_t { kWake, kTier, kJail, kOutput, kDialogue };
+  enum class Source : std::uint32_t { kWake, kTier, kJail, kOutput, kErrorOutput, kDialogue };
   struct Dialogue {
     std::size_t jail = 0;     // meaningless once it has ended
     std::string ended;        // why, if it has
@@ -56,9 +57,10 @@ class Fleet {
   static std::uint64_t tag(Source source, std::size_t index);
   void watch(int fd, Source source, std::size_t index);
   void unwatch(int fd) const;
-  void handle(std::uint64_t about);
+  void handle(std::uint64_t about, bool hung_up);
   void on_deadline(std::size_t index);
   void heed_wishes();
+  void cancel_waiting_step(std::uint64_t ticket);
   void publish();
 
   // Tiers.
@@ -68,9 +70,12 @@ class Fleet {
   void tier_failed(std::size_t tier);
 
   // Jails.
+  std::size_t free_index();
   std::size_t make_jail(std::size_t tier);
+  void replace_jail(std::size_t tier);
   std::size_t jail_for(std::size_t tier);
   Group* group_of(std::size_t index);
+  bool killed_for_memory(std::size_t index);
   void on_jail(std::size_t index);
   void on_jail_gone(std::size_t index, const std::string& why);
   void on_parked(std::size_t index, const Message& parked, std::vector<UniqueFd> fds);
@@ -85,8 +90,9 @@ class Fleet {
   void bind(std::size_t index, Job job);
   void run(std::size_t index);
   void ask(std::size_t index);
-  void on_output(std::size_t index);
+  void on_output(std::size_t index, UniqueFd JailHandle::* stream, bool hung_up);
   void on_reply(std::size_t index);
+  void hang_up(std::size_t index);
   void kill(std::size_t index, KillReason reason);
   void finish(std::size_t index, Result result);
   void end_dialogue(std::size_t index, const std::string& why);

@@ -7,8 +7,11 @@ namespace thor {
 
 std::uint64_t JobQueue::submit(Request request, std::shared_ptr<CompletionQueue> sink) {
   const std::lock_guard lock(mutex_);
-  return enqueue_locked(
-      {.ticket = 0, .request = std::move(request), .dialogue = 0, .opening = {}, .sink = std::move(sink)});
+  return enqueue_locked({.ticket = 0,
+                         .request = std::move(request),
+                         .dialogue = 0,
+                         .opening = {},
+                         .sink = std::move(sink)});
 }
 
 std::uint64_t JobQueue::submit_step(std::uint64_t dialogue, std::string data, const Limits& limits,
@@ -147,6 +150,25 @@ JobQueue::Wishes JobQueue::take_wishes() {
     }
   }
   out.closed = std::exchange(closed_dialogues_, {});
+  if (!out.closed.empty()) out.closed_steps = take_orphans_locked();
+  return out;
+}
+
+// Left in line, one would open its dialogue once more, and nobody could close that.
+std::vector<Job> JobQueue::take_orphans_locked() {
+  std::vector<Job> out;
+  for (auto& [tier, line] : lines_) {
+    for (auto at = line.begin(); at != line.end();) {
+      Job& job = at->second;
+      if (job.dialogue == 0 || dialogues_.contains(job.dialogue)) {
+        ++at;
+        continue;
+      }
+      places_.erase(job.ticket);
+      out.push_back(std::move(job));
+      at = line.erase(at);
+    }
+  }
   return out;
 }
 

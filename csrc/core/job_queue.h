@@ -64,11 +64,12 @@ class JobQueue {
   void put_back(Job job);
 
   // What callers wished since the last call. `waiting` are taken out of the queue, `others` may be
-  // running; `closed` are dialogues.
+  // running; `closed` are dialogues, `closed_steps` what waited of them, taken out too.
   struct Wishes {
     std::vector<Job> waiting;
     std::vector<std::uint64_t> others;
     std::vector<std::uint64_t> closed;
+    std::vector<Job> closed_steps;
   };
   Wishes take_wishes();
 
@@ -95,13 +96,14 @@ class JobQueue {
   std::uint64_t enqueue_locked(Job job);
   void line_up_locked(Job job);
   std::optional<Job> take_locked(std::uint64_t ticket);
+  std::vector<Job> take_orphans_locked();
 
   const std::size_t capacity_;
   const std::size_t max_dialogues_;
   mutable std::mutex mutex_;  // guards all below
   State state_ = State::kStarting;
   std::string reason_;
-  std::map<std::uint32_t, Line> lines_;                // by tier
+  std::map<std::uint32_t, Line> lines_;                                       // by tier
   std::unordered_map<std::uint64_t, std::pair<std::uint32_t, Rank>> places_;  // by ticket
   std::vector<std::uint64_t> cancelled_;
   std::map<std::uint64_t, std::shared_ptr<const Request>> dialogues_;  // open ones

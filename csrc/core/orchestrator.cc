@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <exception>
 #include <future>
 #include <mutex>
 #include <stdexcept>
@@ -19,8 +20,8 @@ namespace {
 
 void check(const OrchestratorConfig& config) {
   if (config.tiers.empty() || config.tiers.size() > kMaxTiers) {
-    throw StartError("there are " + std::to_string(config.tiers.size()) +
-                     " tiers, expected 1 to " + std::to_string(kMaxTiers));
+    throw StartError("there are " + std::to_string(config.tiers.size()) + " tiers, expected 1 to " +
+                     std::to_string(kMaxTiers));
   }
   for (const TierConfig& tier : config.tiers) {
     if (tier.argv.empty()) {
@@ -43,7 +44,8 @@ class Orchestrator::Impl {
     if (!wake_) throw StartError(std::generic_category().message(errno) + ": eventfd");
     std::promise<void> started;
     std::future<void> starting = started.get_future();
-    thread_ = std::thread([this, &started] { run(&started); });
+    // The promise is the thread's: it may still be in set_value() when we go on.
+    thread_ = std::thread([this, told = std::move(started)]() mutable { run(&told); });
     starting.wait();
     if (serving()) return;
     thread_.join();
@@ -61,9 +63,7 @@ class Orchestrator::Impl {
     return ticket;
   }
 
-  std::uint64_t open_dialogue(Request opening) {
-    return jobs_.open_dialogue(std::move(opening));
-  }
+  std::uint64_t open_dialogue(Request opening) { return jobs_.open_dialogue(std::move(opening)); }
 
   std::uint64_t step(std::uint64_t dialogue, std::string data, const Limits& limits,
                      std::uint32_t tier, std::shared_ptr<CompletionQueue> sink) {
@@ -111,15 +111,19 @@ class Orchestrator::Impl {
 
   void run(std::promise<void>* started) {
     std::string reason;
-    {
+    bool told = false;
+    try {
       Fleet fleet(config_, wake_.get(), &jobs_);
-      const bool ready = fleet.start(&reason);
-      jobs_.set_state(ready ? JobQueue::State::kServing : JobQueue::State::kBroken, reason);
-      started->set_value();
+      told = fleet.start(&reason);
+      jobs_.set_state(told ? JobQueue::State::kServing : JobQueue::State::kBroken, reason);
+      if (told) started->set_value();
       while (serving()) {
         if (!fleet.turn(&reason)) jobs_.set_state(JobQueue::State::kBroken, reason);
       }
+    } catch (const std::exception& e) {  // out of descriptors or memory
+      jobs_.set_state(JobQueue::State::kBroken, std::string("the sandbox gave up: ") + e.what());
     }
+    if (!told) started->set_value();
     reason = jobs_.reason();
     for (const Job& job : jobs_.take_all()) {
       jobs_.answer(job, infra(reason.empty() ? "the sandbox was closed" : reason));

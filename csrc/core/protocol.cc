@@ -45,8 +45,8 @@ bool send_message(int socket, const Message& message, std::span<const int> fds,
   alignas(cmsghdr) std::array<char, kControlBytes> control{};
   Message copy = message;
   // The kernel does not write through the pointers; their type predates const.
-  std::array<iovec, 2> parts{{{&copy, sizeof(copy)},
-                              {const_cast<char*>(payload.data()), payload.size()}}};
+  std::array<iovec, 2> parts{
+      {{&copy, sizeof(copy)}, {const_cast<char*>(payload.data()), payload.size()}}};
   msghdr header{};
   header.msg_iov = parts.data();
   header.msg_iovlen = payload.empty() ? 1 : 2;
@@ -73,7 +73,11 @@ Received receive_message(int socket, Message* message, std::vector<UniqueFd>* fd
   header.msg_iovlen = payload == nullptr ? 1 : 2;
   header.msg_control = control.data();
   header.msg_controllen = control.size();
-  const ssize_t got = ::recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
+  ssize_t got = 0;
+  // Reset: a peer that is gone left unread what we sent. What it sent before that is still here.
+  do {
+    got = ::recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
+  } while (got < 0 && errno == ECONNRESET);
   if (got < 0 && (errno == EAGAIN || errno == EINTR)) return Received::kNothing;
   if (got > 0) detach_fds(&header, fds);
   constexpr auto kHead = static_cast<ssize_t>(sizeof(*message));

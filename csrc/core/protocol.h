@@ -65,13 +65,13 @@ struct Message {
   bool has_dialogue = false;
   std::uint32_t collect_bytes = 0;  // the payload begins with so many of NUL-ended paths
   // kExited. Its descriptors are the files to collect, as many as bits in `collected`.
-  std::uint64_t collected = 0;  // which of the paths there are
-  bool started = false;               // the child took a kRun
-  bool pristine = false;              // the jail goes on; otherwise it exits
-  bool out_of_memory = false;         // the guest's own word, used only to refine an error
-  bool tree_out_of_memory = false;    // the watchdog's verdict
-  std::int32_t snippet_status = -1;   // wait status of the snippet's main process
-  Usage usage;                        // of the whole tree
+  std::uint64_t collected = 0;       // which of the paths there are
+  bool started = false;              // the child took a kRun
+  bool pristine = false;             // the jail goes on; otherwise it exits
+  bool out_of_memory = false;        // the guest's own word, used only to refine an error
+  bool tree_out_of_memory = false;   // the watchdog's verdict
+  std::int32_t snippet_status = -1;  // wait status of the snippet's main process
+  Usage usage;                       // of the whole tree
 };
 static_assert(std::is_trivially_copyable_v<Message>);
 

@@ -5,24 +5,25 @@
 #include <unistd.h>
 
 #include <array>
+#include <cerrno>
 #include <utility>
 
 namespace thor {
 namespace {
 
-// Empties a non-blocking pipe into `text`; closes it at its end.
-void drain(UniqueFd* pipe, OutputBuffer* text) {
+// Empties a non-blocking pipe into `text`. False once that has seen more than `flood`: whoever
+// writes as fast as we read would otherwise keep us here.
+bool drain(int pipe, std::uint64_t flood, OutputBuffer* text) {
   std::array<char, 1 << 16> chunk;  // as large as a pipe usually is
-  while (*pipe) {
-    const ssize_t n = ::read(pipe->get(), chunk.data(), chunk.size());
+  while (text->total() <= flood) {
+    const ssize_t n = ::read(pipe, chunk.data(), chunk.size());
     if (n > 0) {
       text->append({chunk.data(), static_cast<std::size_t>(n)});
-    } else if (n == 0) {
-      pipe->reset();
-    } else if (errno != EINTR) {
-      return;
+    } else if (n == 0 || errno != EINTR) {
+      return true;
     }
   }
+  return false;
 }
 
 Status status_of_exit(int code, bool truncated, bool out_of_memory) {
@@ -49,11 +50,11 @@ Result output_of(const Slot& slot, Clock::time_point now) {
 
 }  // namespace
 
-bool Slot::drain(UniqueFd* standard_output, UniqueFd* standard_error) {
-  thor::drain(standard_output, &output.stdout_text);
-  thor::drain(standard_error, &output.stderr_text);
+bool Slot::drain(int standard_output, int standard_error) {
   const std::uint64_t flood = kFloodFactor * job.request.limits.max_output_bytes;
-  return output.stdout_text.total() <= flood && output.stderr_text.total() <= flood;
+  const bool first = thor::drain(standard_output, flood, &output.stdout_text);
+  const bool second = thor::drain(standard_error, flood, &output.stderr_text);
+  return first && second;
 }
 
 Result infra(std::string error) {

@@ -11,7 +11,6 @@
 #include "core/protocol.h"
 #include "thor/completion_queue.h"
 #include "thor/execution.h"
-#include "util/unique_fd.h"
 
 namespace thor {
 
@@ -39,11 +38,11 @@ struct Output {
 };
 
 struct Slot {
-  explicit Slot(Job what)
-      : job(std::move(what)), output(job.request.limits.max_output_bytes) {}
+  explicit Slot(Job what) : job(std::move(what)), output(job.request.limits.max_output_bytes) {}
 
-  // Reads what is in the pipes now. False once a stream exceeds the flood limit.
-  bool drain(UniqueFd* standard_output, UniqueFd* standard_error);
+  // Reads what is in the pipes now; one that is closed (-1) holds nothing. False once a stream
+  // exceeds the flood limit.
+  bool drain(int standard_output, int standard_error);
 
   // Until when it may run, given when it started.
   [[nodiscard]] Clock::time_point deadline() const {

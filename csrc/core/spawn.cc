@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
@@ -90,7 +91,12 @@ Spawned spawn_template(const std::vector<std::string>& argv, const std::vector<s
   if (!theirs || !out.messages) check(errno, "memfd_create");
   out.pid = SpawnPlan(theirs.get(), out.messages.get()).spawn(argv, env);
   out.pidfd.reset(static_cast<int>(::syscall(kSysPidfdOpen, out.pid, 0)));
-  if (!out.pidfd) check(errno, "pidfd_open");
+  if (!out.pidfd) {
+    const int error = errno;
+    ::kill(out.pid, SIGKILL);
+    ::waitpid(out.pid, nullptr, 0);
+    check(error, "pidfd_open");
+  }
   return out;
 }
 

@@ -30,7 +30,6 @@ bool wait_readable(int fd, std::chrono::milliseconds timeout) {
 
 void Tier::start() {
   ++failed_starts_;
-  state_ = State::kFailed;  // unless the next line succeeds
   process_ = spawn_template(config_.argv, env_);
   state_ = State::kStarting;
 }
@@ -46,10 +45,9 @@ bool Tier::listen(std::string* reason) {
   }
   *reason = "the sandbox's template '" + config_.name + "' " +
             (state_ == State::kStarting ? "did not start" : "died");
-  const std::string said = got == Received::kMessage ? describe(message.error)
-                                                     : read_messages(process_);
+  const std::string said =
+      got == Received::kMessage ? describe(message.error) : read_messages(process_);
   if (!said.empty()) *reason += ": " + said;
-  stop();
   return false;
 }
 
@@ -69,8 +67,11 @@ UniqueFd Tier::make_jail(std::uint32_t uid_offset, int cgroup_procs) {
 }
 
 void Tier::stop() {
+  state_ = failed_starts_ < kMaxFailedStarts ? State::kAbsent : State::kFailed;
   if (process_.pid < 0) return;
   // It exits when its socket closes, after its jails; killing is for one that is stuck.
+  // Shut down, not only closed: a fork of the host may hold our end too.
+  ::shutdown(process_.control.get(), SHUT_RDWR);
   process_.control.reset();
   if (!wait_readable(process_.pidfd.get(), kStopGrace)) {
     pidfd_signal(process_.pidfd.get(), SIGKILL);
@@ -79,7 +80,6 @@ void Tier::stop() {
   while (::waitpid(process_.pid, &status, 0) < 0 && errno == EINTR) {
   }
   process_ = Spawned{};
-  state_ = failed_starts_ < kMaxFailedStarts ? State::kAbsent : State::kFailed;
 }
 
 }  // namespace thor

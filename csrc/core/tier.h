@@ -30,7 +30,8 @@ class Tier {
   // Starts the process; it says by itself when it is ready. Throws std::system_error.
   void start();
 
-  // Takes what the process says. False once it is gone: why is in `reason`.
+  // Takes what the process says. False once it is of no more use, to be stopped: why is in
+  // `reason`.
   bool listen(std::string* reason);
 
   // Asks for a jail; its end of the socket that is returned tells what became of it. Throws

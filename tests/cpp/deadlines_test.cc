@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+
 namespace thor {
 namespace {
 
@@ -40,6 +42,24 @@ TEST(Deadlines, APassedDeadlineNeedsNoWait) {
   const Clock::time_point now{milliseconds(100)};
   deadlines.set(0, now - milliseconds(50));
   EXPECT_EQ(deadlines.poll_timeout_ms(now), 0);
+}
+
+TEST(Deadlines, TheLastWordCounts) {
+  Deadlines deadlines(1);
+  const Clock::time_point now{milliseconds(100)};
+  deadlines.set(0, now);
+  deadlines.set(0, now + milliseconds(20));  // as when a kill's grace follows a timeout
+  EXPECT_FALSE(deadlines.expired(now));
+  EXPECT_EQ(deadlines.poll_timeout_ms(now), 20);
+  deadlines.clear(0);
+  EXPECT_FALSE(deadlines.expired(now + milliseconds(30)));
+}
+
+TEST(Deadlines, OneFarAwayFitsAnInt) {
+  Deadlines deadlines(1);
+  const Clock::time_point now{};
+  deadlines.set(0, now + std::chrono::hours(24 * 365 * 100));
+  EXPECT_EQ(deadlines.poll_timeout_ms(now), std::numeric_limits<int>::max());
 }
 
 }  // namespace

@@ -83,7 +83,7 @@ bool answer(long syscall_number, std::uint32_t action) {
 
 bool forbid_user_namespaces() {
   const IdMap ordinary{1000, ::geteuid(), ::getegid()};
-  return ::unshare(CLONE_NEWUSER) == 0 && !write_id_maps("/proc/self", ordinary) &&
+  return ::unshare(CLONE_NEWUSER) == 0 && !write_id_maps("/proc/self", {ordinary}) &&
          write_text("/proc/sys/user/max_user_namespaces", "0");
 }
 

@@ -23,7 +23,7 @@ TEST(Protocol, CarriesFieldsAndDescriptors) {
   ASSERT_EQ(::pipe(pipe_ends.data()), 0);
   const UniqueFd read_end(pipe_ends[0]);
   UniqueFd write_end(pipe_ends[1]);
-  const Message sent{.kind = MessageKind::kRun, .slot = 7, .limits = {.max_processes = 5}};
+  const Message sent{.kind = MessageKind::kRun, .uid_offset = 7, .limits = {.max_processes = 5}};
   ASSERT_TRUE(send_message(left.get(), sent, {pipe_ends.data() + 1, 1}));
   write_end.reset();
 
@@ -31,7 +31,7 @@ TEST(Protocol, CarriesFieldsAndDescriptors) {
   std::vector<UniqueFd> fds;
   ASSERT_EQ(receive_message(right.get(), &got, &fds), Received::kMessage);
   EXPECT_EQ(got.kind, MessageKind::kRun);
-  EXPECT_EQ(got.slot, 7U);
+  EXPECT_EQ(got.uid_offset, 7U);
   EXPECT_EQ(got.limits.max_processes, 5U);
   ASSERT_EQ(fds.size(), 1U);
   ASSERT_EQ(::write(fds[0].get(), "x", 1), 1);
@@ -54,6 +54,19 @@ TEST(Protocol, ClosedPeer) {
   std::vector<UniqueFd> fds;
   EXPECT_EQ(receive_message(right.get(), &got, &fds), Received::kClosed);
   EXPECT_FALSE(send_message(right.get(), got));
+}
+
+// A zygote that goes because its child took no request leaves that request unread.
+TEST(Protocol, LastWordsOfAPeerThatLeftOursUnread) {
+  auto [left, right] = connected();
+  ASSERT_TRUE(send_message(left.get(), {.kind = MessageKind::kRun}));
+  ASSERT_TRUE(send_message(right.get(), {.kind = MessageKind::kExited}));
+  right.reset();
+  Message got;
+  std::vector<UniqueFd> fds;
+  ASSERT_EQ(receive_message(left.get(), &got, &fds), Received::kMessage);
+  EXPECT_EQ(got.kind, MessageKind::kExited);
+  EXPECT_EQ(receive_message(left.get(), &got, &fds), Received::kClosed);
 }
 
 TEST(Protocol, AMessageOfTheWrongSizeIsNotUnderstood) {
