@@ -12,7 +12,7 @@ namespace thor {
 void register_probe(py::module_& m) {
   m.def("probe_host", [] {
     py::list out;
-    for (const Layer& layer : probe_host()) {
+    for (const ProbedLayer& layer : probe_host()) {
       out.append(py::make_tuple(layer.name, layer.granted, layer.detail));
     }
     return out;

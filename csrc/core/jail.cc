@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <array>
+#include <bit>
 #include <cerrno>
 #include <string>
 #include <string_view>
@@ -43,23 +44,29 @@ constexpr std::array<NamespaceFlag, 3> kNamespaces{{{Layer::kNetwork, CLONE_NEWN
                                                     {Layer::kIpc, CLONE_NEWIPC},
                                                     {Layer::kUts, CLONE_NEWUTS}}};
 
-// Into all namespaces or, where the host refuses some that may be missing, into the others.
+// Into all namespaces or, where the host refuses some that may be missing, into the others: which
+// of them it refuses is not said, so each choice is tried, the fullest first.
 pid_t fork_into_namespaces(std::uint32_t required, int* pidfd, std::uint32_t* layers) {
-  unsigned long all = kIndispensable;
-  unsigned long least = kIndispensable;
-  *layers = 0;
-  for (const NamespaceFlag& ns : kNamespaces) {
-    all |= ns.flag;
-    *layers |= bit(ns.layer);
-    if ((required & bit(ns.layer)) != 0) least |= ns.flag;
+  constexpr unsigned kChoices = 1U << kNamespaces.size();
+  for (std::size_t missing = 0; missing <= kNamespaces.size(); ++missing) {
+    for (unsigned without = 0; without < kChoices; ++without) {
+      if (static_cast<std::size_t>(std::popcount(without)) != missing) continue;
+      unsigned long flags = kIndispensable;
+      *layers = 0;
+      bool allowed = true;
+      for (std::size_t i = 0; i < kNamespaces.size(); ++i) {
+        if ((without >> i & 1U) != 0) {
+          allowed = allowed && (required & bit(kNamespaces[i].layer)) == 0;
+        } else {
+          flags |= kNamespaces[i].flag;
+          *layers |= bit(kNamespaces[i].layer);
+        }
+      }
+      const pid_t pid = allowed ? fork_into(flags, pidfd) : -1;
+      if (pid >= 0) return pid;
+    }
   }
-  const pid_t pid = fork_into(all, pidfd);
-  if (pid >= 0 || least == all) return pid;
-  *layers = 0;
-  for (const NamespaceFlag& ns : kNamespaces) {
-    if ((least & ns.flag) != 0) *layers |= bit(ns.layer);
-  }
-  return fork_into(least, pidfd);
+  return -1;
 }
 
 // As root, each snippet's uid and the zygote's are two others than ours. Unprivileged, only the own

@@ -96,6 +96,7 @@ class Orchestrator::Impl {
     wake();
     const std::lock_guard joining(join_mutex_);
     if (thread_.joinable()) thread_.join();
+    config_.cgroups.reset();  // empty now, so its directory can go
   }
 
  private:
@@ -129,7 +130,7 @@ class Orchestrator::Impl {
     }
   }
 
-  const OrchestratorConfig config_;
+  OrchestratorConfig config_;
   const pid_t owner_ = ::getpid();
   JobQueue jobs_;
   UniqueFd wake_;

@@ -334,7 +334,7 @@ int count_threads() {
 
 }  // namespace
 
-std::vector<Layer> probe_host() {
+std::vector<ProbedLayer> probe_host() {
   if (const int threads = count_threads(); threads != 1) {
     throw std::runtime_error("probe_host was called in a process with " + std::to_string(threads) +
                              " threads, expected 1");
@@ -368,7 +368,7 @@ std::vector<Layer> probe_host() {
       {"huge_pages", huge_pages},
       {"cpus", cpus},
   };
-  std::vector<Layer> layers;
+  std::vector<ProbedLayer> layers;
   for (const Trial& trial : trials) {
     Finding finding = in_child(trial.attempt);
     layers.push_back({trial.name, finding.granted, std::move(finding.detail)});

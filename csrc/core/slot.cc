@@ -76,6 +76,10 @@ Result conclude(const Slot& slot, const Ending& ending, Clock::time_point now) {
   const int status = exited.snippet_status;
   if (slot.killed != KillReason::kNone) {
     result.status = slot.killed == KillReason::kTimeout ? Status::kTimeout : Status::kOutput;
+    // It waited for processes that its memory limit had taken.
+    if (result.status == Status::kTimeout && ending.killed_for_memory) {
+      result.status = Status::kMemory;
+    }
     result.signal = SIGKILL;
   } else if (WIFSIGNALED(status)) {
     result.signal = WTERMSIG(status);

@@ -225,8 +225,23 @@ class Zygote {
     return tree_memory_bytes(private_memory_bytes(1)) > report_->memory_bytes;
   }
 
+  // A socket that was sent over another in a ring outlives its processes until the kernel collects
+  // it, and its abstract name with it: the next snippet could read it.
+  [[nodiscard]] bool no_socket_left() const {
+    std::array<char, 256> list{};
+    const ssize_t n = ::pread(files_.sockets.get(), list.data(), list.size(), 0);
+    return n > 0 && std::count(list.begin(), list.begin() + n, '\n') == 1;  // its heading
+  }
+
+  // Without one of these walls there are places for traces that nobody looks at.
+  [[nodiscard]] bool may_be_reused() const {
+    constexpr std::uint32_t kNeeded = bit(Layer::kSeccomp) | bit(Layer::kNetwork) | bit(Layer::kIpc);
+    return (layers_ & kNeeded) == kNeeded;
+  }
+
   [[nodiscard]] bool pristine() const {
-    return std::all_of(files_.writable.begin(), files_.writable.end(),
+    return may_be_reused() && no_socket_left() &&
+           std::all_of(files_.writable.begin(), files_.writable.end(),
                        [](const PristineDirectory& d) { return d.untouched(); });
   }
 

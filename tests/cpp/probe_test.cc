@@ -33,11 +33,11 @@ namespace fs = std::filesystem;
 
 constexpr const char* kNoUserNamespaces = "this host grants no user namespaces";
 
-using Layers = std::map<std::string, Layer>;
+using Layers = std::map<std::string, ProbedLayer>;
 
-Layers by_name(const std::vector<Layer>& layers) {
+Layers by_name(const std::vector<ProbedLayer>& layers) {
   Layers named;
-  for (const Layer& layer : layers) named[layer.name] = layer;
+  for (const ProbedLayer& layer : layers) named[layer.name] = layer;
   return named;
 }
 
@@ -49,7 +49,7 @@ Layers probed_after(const std::function<bool()>& restrict) {
   if (child == 0) {
     std::string text;
     if (restrict()) {
-      for (const Layer& layer : probe_host()) {
+      for (const ProbedLayer& layer : probe_host()) {
         text += layer.name + "\t" + (layer.granted ? "1" : "0") + "\t" + layer.detail + "\n";
       }
     }
@@ -97,10 +97,10 @@ class Probe : public ::testing::Test {
 };
 
 TEST_F(Probe, EveryLayerIsThereAndARefusalSaysWhy) {
-  const std::vector<Layer> layers = probe_host();
+  const std::vector<ProbedLayer> layers = probe_host();
   EXPECT_EQ(by_name(layers).size(), layers.size());
   EXPECT_EQ(layers.size(), 20U);
-  for (const Layer& layer : layers)
+  for (const ProbedLayer& layer : layers)
     EXPECT_TRUE(layer.granted || !layer.detail.empty()) << layer.name;
   EXPECT_TRUE(by_name(layers)["no_new_privs"].granted);
   EXPECT_GT(std::stoi(by_name(layers)["cpus"].detail), 0);

@@ -111,7 +111,7 @@ class Stream(_Dialogue):
         """
         if not self._finalizer.alive:
             raise SandboxError("this stream is closed")
-        self._text += text
+        self._text = (self._text + text).removeprefix("\ufeff")
         # Nothing is complete before its line is.
         end = self._text.rfind("\n") + 1
         if end <= self._sent or (self._sent == 0 and _PREAMBLE.match(self._text, 0, end)):

@@ -13,6 +13,7 @@ import asyncio
 import os
 import threading
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from thor_fast import _core
@@ -166,15 +167,17 @@ class NativeSandbox:
         rewindable: bool = False,
         life_s: float = 3600.0,
     ) -> Session:
-        """A namespace that several blocks share; ``request.code`` is the first, if not empty.
+        """A namespace that several blocks share; ``request`` gives all but their code.
 
-        ``rewindable``: keep the state before each block, to go back to; costs a fork a block.
-        ``life_s``: after that time since its first block it is over, whatever it does.
+        The first block's imports choose the tier. ``rewindable``: keep the state before each block,
+        to go back to; costs a fork a block. ``life_s``: after that time since its first block it is
+        over, whatever it does; it is also the limit of its CPU time, unless the request names one.
         Raises ``SandboxError`` when ``max_dialogues`` are open.
         """
         request = ExecutionRequest("") if request is None else request
         mode: Mode = "rewindable session" if rewindable else "session"
-        opening = self._encode(request, mode=mode, life_s=life_s)
+        whole = request if request.cpu_s is not None else replace(request, cpu_s=life_s)
+        opening = self._encode(whole, mode=mode, life_s=life_s)
         return Session(self, self._open_dialogue(opening), request, rewindable=rewindable)
 
     def warm_up(self, *tiers: str) -> None:

@@ -99,7 +99,9 @@ def encode_request(
         raise TypeError(f"code is {type(request.code).__name__}, expected str")
     stdin = request.stdin
     fixed = None if determinism is None else (determinism.seed, determinism.now)
-    payload = (mode, request.code, _checked_files(request), _checked_env(request), fixed)
+    # A file may begin with a byte-order mark; text that is compiled may not.
+    code = request.code.removeprefix("\ufeff")
+    payload = (mode, code, _checked_files(request), _checked_env(request), fixed)
     return _core.Request(
         payload=marshal.dumps(payload, _MARSHAL_VERSION),
         stdin_data=stdin.encode("utf-8", "surrogatepass") if isinstance(stdin, str) else stdin,

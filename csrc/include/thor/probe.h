@@ -6,7 +6,7 @@
 
 namespace thor {
 
-struct Layer {
+struct ProbedLayer {
   std::string name;
   bool granted = false;
   std::string detail;  // a refusal's call and errno; of what is granted, what a reader should know
@@ -15,6 +15,6 @@ struct Layer {
 // Tries each layer for real, in forked children, the way a jail does: inside a fresh user
 // namespace, as root under another uid. The process itself stays as it was. Throws
 // std::runtime_error if it has more than one thread, because forks of it could hang.
-std::vector<Layer> probe_host();
+std::vector<ProbedLayer> probe_host();
 
 }  // namespace thor

@@ -158,6 +158,20 @@ def test_descriptors_wait_for_the_next_snippet(abuse: Abuse) -> None:
     assert (result.status, result.stdout) == (Status.OK, "1" * 10)
 
 
+def test_name_of_a_socket_in_flight(abuse: Abuse) -> None:
+    """Such a ring keeps an abstract name, which anybody of the network namespace can read."""
+    for _ in range(3):
+        abuse("""
+            import socket
+            a, b = socket.socketpair()
+            named = socket.socket(socket.AF_UNIX)
+            named.bind('\\0message')
+            socket.send_fds(a, [b'x'], [b.fileno(), named.fileno()])
+        """)
+        result = abuse("print('message' in open('/proc/self/net/unix').read())")
+        assert result.stdout == "False\n"
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

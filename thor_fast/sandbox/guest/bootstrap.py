@@ -49,7 +49,7 @@ def reseeding() -> Callable[[], object]:
     """
     import random  # after the tier's modules, of which it may be one
 
-    random._inst.gauss_next = None  # noqa: SLF001
+    random._inst.gauss_next = None  # type: ignore[attr-defined]  # noqa: SLF001
     # Past the method written in Python, whose run would touch 40 pages of the zygote's.
     seed = functools.partial(_random.Random.seed, random._inst)  # noqa: SLF001
     numpy_random = sys.modules.get("numpy.random")
