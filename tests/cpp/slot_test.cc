@@ -105,7 +105,7 @@ TEST(Conclude, MemoryKills) {
   EXPECT_EQ(conclude_now(slot_with(""), exited_with(0), true).status, Status::kOk) << "survived it";
   EXPECT_EQ(conclude_now(slot_with(""), killed_by(SIGSEGV), true).status, Status::kError);
   EXPECT_EQ(conclude_now(slot_with("", KillReason::kTimeout), killed_by(SIGKILL), true).status,
-            Status::kTimeout);
+            Status::kMemory);
 }
 
 TEST(Conclude, UsageIsTheTrees) {
