@@ -51,8 +51,8 @@ py::tuple to_python(const Completion& done) {
   const Result& r = done.result;
   return py::make_tuple(done.ticket, name(r.status), py::bytes(r.stdout_data),
                         py::bytes(r.stderr_data), r.exit_code, r.signal, Seconds(r.wall).count(),
-                        Seconds(r.cpu).count(), r.peak_memory_bytes, r.truncated, to_python(r.files),
-                        py::bytes(r.reply), r.error);
+                        Seconds(r.cpu).count(), r.peak_memory_bytes, r.truncated,
+                        to_python(r.files), py::bytes(r.reply), r.error);
 }
 
 py::list to_python(const std::vector<Completion>& completions) {
@@ -83,7 +83,6 @@ Request request(std::string payload, std::string stdin_data, const Limits& limit
           .life = to_ns(life_s)};
 }
 
-
 py::dict stats(const Orchestrator& self) {
   const OrchestratorStats s = self.stats();
   py::dict out;
@@ -103,14 +102,15 @@ std::unique_ptr<Orchestrator> make_orchestrator(
     const std::vector<std::pair<std::string, std::vector<std::string>>>& tiers,
     std::vector<std::string> env, std::uint32_t slots, std::uint32_t max_dialogues,
     std::size_t queue_capacity, double startup_timeout_s, std::shared_ptr<CgroupPool> cgroups) {
-  OrchestratorConfig config{.tiers = {},
-                            .env = std::move(env),
-                            .slots = slots,
-                            .max_dialogues = max_dialogues,
-                            .queue_capacity = queue_capacity,
-                            .startup_timeout = std::chrono::duration_cast<std::chrono::milliseconds>(
-                                Seconds(startup_timeout_s)),
-                            .cgroups = std::move(cgroups)};
+  OrchestratorConfig config{
+      .tiers = {},
+      .env = std::move(env),
+      .slots = slots,
+      .max_dialogues = max_dialogues,
+      .queue_capacity = queue_capacity,
+      .startup_timeout =
+          std::chrono::duration_cast<std::chrono::milliseconds>(Seconds(startup_timeout_s)),
+      .cgroups = std::move(cgroups)};
   for (const auto& [name, argv] : tiers) config.tiers.push_back({name, argv});
   const py::gil_scoped_release unlocked;
   return std::make_unique<Orchestrator>(std::move(config));
@@ -128,10 +128,8 @@ void define_orchestrator(py::module_& m) {
            py::arg("accumulate"), py::arg("life_s"));
   py::class_<CgroupPool, std::shared_ptr<CgroupPool>>(m, "CgroupPool")
       .def(py::init<>())
-      .def_property_readonly("granted",
-                             [](const CgroupPool& self) {
-                               return self.version() != CgroupVersion::kNone;
-                             })
+      .def_property_readonly(
+          "granted", [](const CgroupPool& self) { return self.version() != CgroupVersion::kNone; })
       .def_property_readonly("path", &CgroupPool::path)
       .def_property_readonly("reason", &CgroupPool::reason);
   py::class_<Orchestrator>(m, "Orchestrator")
@@ -145,7 +143,8 @@ void define_orchestrator(py::module_& m) {
       .def("close_dialogue", &Orchestrator::close_dialogue, py::arg("dialogue"))
       .def("cancel", &Orchestrator::cancel, py::arg("ticket"))
       .def("stats", &stats)
-      .def("layers", [](const Orchestrator& self) { return layer_names(self.stats().counts.layers); })
+      .def("layers",
+           [](const Orchestrator& self) { return layer_names(self.stats().counts.layers); })
       .def("close", &Orchestrator::close, py::call_guard<py::gil_scoped_release>());
 }
 

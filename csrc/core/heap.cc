@@ -51,8 +51,8 @@ std::uint64_t round_up(std::uint64_t address) { return (address + kHuge - 1) / k
 
 // An aligned range for itself, of which the caller uses the first kHuge bytes.
 void* huge_page() {
-  void* area = ::mmap(nullptr, 2 * kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
-                      0);
+  void* area =
+      ::mmap(nullptr, 2 * kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (area == MAP_FAILED) return nullptr;
   const auto begin = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(area));
   const std::uint64_t aligned = round_up(begin);
@@ -74,8 +74,8 @@ bool move_to_huge_page(std::uint64_t address) {
   return moved;
 }
 
-// Joins free chunks and sorts them into their bins: work that malloc puts off until a larger request
-// comes, which would be in every child, and there write to a page for each chunk.
+// Joins free chunks and sorts them into their bins: work that malloc puts off until a larger
+// request comes, which would be in every child, and there write to a page for each chunk.
 void tidy_free_chunks() {
   ::mallopt(M_MXFAST, 0);  // nothing to join later
   ::malloc_trim(0);

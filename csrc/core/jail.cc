@@ -40,9 +40,8 @@ struct NamespaceFlag {
   unsigned long flag;
 };
 constexpr unsigned long kIndispensable = CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID;
-constexpr std::array<NamespaceFlag, 3> kNamespaces{{{Layer::kNetwork, CLONE_NEWNET},
-                                                    {Layer::kIpc, CLONE_NEWIPC},
-                                                    {Layer::kUts, CLONE_NEWUTS}}};
+constexpr std::array<NamespaceFlag, 3> kNamespaces{
+    {{Layer::kNetwork, CLONE_NEWNET}, {Layer::kIpc, CLONE_NEWIPC}, {Layer::kUts, CLONE_NEWUTS}}};
 
 // Into all namespaces or, where the host refuses some that may be missing, into the others: which
 // of them it refuses is not said, so each choice is tried, the fullest first.
@@ -77,8 +76,7 @@ SetupError map_ids(const JailPlan& plan, pid_t child, std::uint32_t uid_offset) 
     return write_id_maps(proc, {{{kSnippetUid, ::geteuid(), ::getegid()}}});
   }
   const uid_t snippet = kFirstSnippetUid + uid_offset % kSnippetUids;
-  return write_id_maps(
-      proc, {{{0, kZygoteUid, kZygoteUid}, {kSnippetUid, snippet, snippet}}});
+  return write_id_maps(proc, {{{0, kZygoteUid, kZygoteUid}, {kSnippetUid, snippet, snippet}}});
 }
 
 // The parent's part while the child waits: its ids, its control group, then the word to go on.
@@ -126,8 +124,7 @@ SetupError close_walls(const JailPlan& plan, int full_proc, std::uint32_t* layer
     return only_if_required(error, layer, required, layers);
   };
   if (::setsid() < 0) return failed(SetupStep::kSession);
-  if ((*layers & bit(Layer::kUts)) != 0 &&
-      ::sethostname(kHostname.data(), kHostname.size()) != 0) {
+  if ((*layers & bit(Layer::kUts)) != 0 && ::sethostname(kHostname.data(), kHostname.size()) != 0) {
     return failed(SetupStep::kHostname);
   }
   // Here, not when the jail was cloned: its root is the control group that we are in by now.

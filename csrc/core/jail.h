@@ -20,9 +20,9 @@ struct JailPlan {
   JailSpec spec;
   std::vector<sock_filter> filter;
   MemoryBaseline baseline;
-  bool privileged = false;               // started as root: ids of our choice can be mapped
-  std::uint32_t processes_of_ours = 0;   // that count towards a snippet's limit: unprivileged, the
-                                         // zygote has its uid
+  bool privileged = false;              // started as root: ids of our choice can be mapped
+  std::uint32_t processes_of_ours = 0;  // that count towards a snippet's limit: unprivileged, the
+                                        // zygote has its uid
 };
 JailPlan plan_jails(const JailSpec& spec);
 

@@ -44,14 +44,13 @@ constexpr std::array<std::uint32_t, 5> kSocketOptions{SO_SNDBUF, SO_RCVBUF, SO_S
 constexpr std::array<std::uint32_t, 1> kSelf{0};  // "this process" where a pid is expected
 // Not among them: GETLK, leases and directory notification, which tell one snippet what another
 // does with a file both can read; the size of a pipe, which is memory no limit counts.
-constexpr std::array<std::uint32_t, 11> kFcntls{F_DUPFD,  F_DUPFD_CLOEXEC, F_GETFD,      F_SETFD,
-                                                F_GETFL,  F_SETFL,         F_SETLK,      F_SETLKW,
+constexpr std::array<std::uint32_t, 11> kFcntls{F_DUPFD,     F_DUPFD_CLOEXEC, F_GETFD,     F_SETFD,
+                                                F_GETFL,     F_SETFL,         F_SETLK,     F_SETLKW,
                                                 kOfdSetLock, kOfdSetLockWait, F_GETPIPE_SZ};
 constexpr std::array<std::uint32_t, 7> kIoctls{TCGETS,  TIOCGWINSZ, FIONREAD, FIONBIO,
                                                FIOCLEX, FIONCLEX,   TIOCGPGRP};
-constexpr std::array<std::uint32_t, 6> kPrctls{PR_SET_NAME,      PR_GET_NAME,
-                                               PR_SET_PDEATHSIG, PR_GET_PDEATHSIG,
-                                               PR_GET_DUMPABLE,  PR_SET_DUMPABLE};
+constexpr std::array<std::uint32_t, 6> kPrctls{PR_SET_NAME,      PR_GET_NAME,     PR_SET_PDEATHSIG,
+                                               PR_GET_PDEATHSIG, PR_GET_DUMPABLE, PR_SET_DUMPABLE};
 
 using Program = std::vector<sock_filter>;
 
@@ -107,12 +106,9 @@ Program socket_option() {
 
 // setpriority(PRIO_PROCESS, 0, ...): PRIO_USER would reach all who share our uid on the host.
 Program own_priority() {
-  return {load_argument(0),
-          jump(BPF_JEQ, PRIO_PROCESS, 0, 2),
-          load_argument(1),
-          jump(BPF_JEQ, 0, 1, 0),
-          refuse(EPERM),
-          allow()};
+  return {load_argument(0), jump(BPF_JEQ, PRIO_PROCESS, 0, 2),
+          load_argument(1), jump(BPF_JEQ, 0, 1, 0),
+          refuse(EPERM),    allow()};
 }
 
 Program leaf(Verdict verdict) {

@@ -1,5 +1,5 @@
-// The system calls a snippet may make: an allow-list, compiled to classic BPF once per template. The zygote
-// lives under the filter too, so that snippets inherit it: loading one costs 0.1 ms.
+// The system calls a snippet may make: an allow-list, compiled to classic BPF once per template.
+// The zygote lives under the filter too, so that snippets inherit it: loading one costs 0.1 ms.
 #pragma once
 
 #include <linux/filter.h>
@@ -14,18 +14,18 @@ namespace thor {
 // What the filter does with a call.
 enum class Verdict : std::uint8_t {
   kAllow,
-  kUnknown,  // ENOSYS: as an older kernel would answer, so libraries take their fallback
-  kForbid,   // EPERM
-  kClone,    // forbidden with any namespace flag
-  kSocket,   // the local family only: a jail's network namespace outlives its snippets
+  kUnknown,       // ENOSYS: as an older kernel would answer, so libraries take their fallback
+  kForbid,        // EPERM
+  kClone,         // forbidden with any namespace flag
+  kSocket,        // the local family only: a jail's network namespace outlives its snippets
   kSocketOption,  // not what takes kernel memory, or counts sockets of others
   kOpen,          // not O_TMPFILE
   kOpenAt,        // likewise
-  kIoctl,    // queries only: TIOCSTI would type into our terminal
-  kPrctl,    // names, PDEATHSIG and DUMPABLE only
-  kFcntl,    // without what reaches beyond the snippet
-  kOwnPid,   // only with 0 for the pid: the zygote may have the snippet's uid
-  kOwnPriority,  // likewise
+  kIoctl,         // queries only: TIOCSTI would type into our terminal
+  kPrctl,         // names, PDEATHSIG and DUMPABLE only
+  kFcntl,         // without what reaches beyond the snippet
+  kOwnPid,        // only with 0 for the pid: the zygote may have the snippet's uid
+  kOwnPriority,   // likewise
 };
 
 // The verdict on a system call of this architecture, by number.

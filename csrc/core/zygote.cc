@@ -235,7 +235,8 @@ class Zygote {
 
   // Without one of these walls there are places for traces that nobody looks at.
   [[nodiscard]] bool may_be_reused() const {
-    constexpr std::uint32_t kNeeded = bit(Layer::kSeccomp) | bit(Layer::kNetwork) | bit(Layer::kIpc);
+    constexpr std::uint32_t kNeeded =
+        bit(Layer::kSeccomp) | bit(Layer::kNetwork) | bit(Layer::kIpc);
     return (layers_ & kNeeded) == kNeeded;
   }
 
@@ -272,7 +273,8 @@ class Zygote {
     const int dialogue = run.has_dialogue ? fds[next].get() : -1;
     if (const SetupError e = arrange_fds(input, out, err, dialogue)) fail(e);
     for (UniqueFd& fd : fds) static_cast<void>(fd.release());  // closed with the rest just now
-    if (const SetupError e = apply_rlimits(run.limits, plan_.baseline, plan_.processes_of_ours)) fail(e);
+    if (const SetupError e = apply_rlimits(run.limits, plan_.baseline, plan_.processes_of_ours))
+      fail(e);
     ::munmap(report_, sizeof(Report));
     const GuestJob job{.payload = std::move(payload),
                        .out_of_memory = &hint_->out_of_memory,

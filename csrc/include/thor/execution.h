@@ -25,7 +25,7 @@ struct Request {
   std::string payload;  // opaque here: what the guest is handed (source, files, environment)
   std::string stdin_data;
   Limits limits;
-  std::uint32_t tier = 0;     // which template's jails; one that cannot start is replaced by a lighter
+  std::uint32_t tier = 0;  // which template's jails; one that cannot start is replaced by a lighter
   std::int32_t priority = 0;  // higher goes first; equals in the order of submission
   // Paths below the working directory whose contents the result shall hold.
   std::vector<std::string> collect;
@@ -47,7 +47,7 @@ struct Result {
   bool truncated = false;
   std::map<std::string, std::string> files;  // those of Request::collect that there are
   std::string reply;                         // of a dialogue's guest; empty otherwise
-  std::string error;  // for kInfra: what of ours failed
+  std::string error;                         // for kInfra: what of ours failed
 };
 
 }  // namespace thor

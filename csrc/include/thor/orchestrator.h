@@ -37,7 +37,7 @@ struct TierConfig {
 struct OrchestratorConfig {
   std::vector<TierConfig> tiers;  // the first starts at once, the others when first asked for
   std::vector<std::string> env;
-  std::uint32_t slots = 1;          // snippets that run at a time
+  std::uint32_t slots = 1;           // snippets that run at a time
   std::uint32_t max_dialogues = 64;  // open at a time
   std::size_t queue_capacity = 4096;
   std::chrono::milliseconds startup_timeout{60'000};
