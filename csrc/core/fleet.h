@@ -84,7 +84,7 @@ class Fleet {
   void watch_output(std::size_t index);
   void unwatch_output(std::size_t index);
 
-  // Requests.
+  // Requests (fleet_requests.cc).
   void serve_queued();
   void serve_step(Job job);
   void bind(std::size_t index, Job job);

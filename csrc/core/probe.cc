@@ -90,8 +90,7 @@ Finding in_child(const Attempt& attempt) {
   return {text.front() == '+', text.substr(1)};
 }
 
-// --- namespaces
-// -----------------------------------------------------------------------------------
+// --- namespaces ----------------------------------------------------------------------------------
 
 // Maps our ids once `go` has a word. From outside, and so forked before: that is what may map
 // another uid than its own.
@@ -218,8 +217,7 @@ Finding private_root() {
   });
 }
 
-// --- privileges and system calls
-// ------------------------------------------------------------------
+// --- privileges and system calls -----------------------------------------------------------------
 
 Finding no_new_privileges() {
   if (const SetupError e = set_no_new_privileges()) return refused(e);
@@ -277,8 +275,7 @@ Finding landlock() {
   return granted("ABI " + std::to_string(abi));
 }
 
-// --- resources
-// ------------------------------------------------------------------------------------
+// --- resources -----------------------------------------------------------------------------------
 
 Finding memory_cgroup() {
   const CgroupPool pool;

@@ -51,7 +51,7 @@ bool Tier::listen(std::string* reason) {
   return false;
 }
 
-UniqueFd Tier::make_jail(std::uint32_t uid_offset, int cgroup_procs) {
+UniqueFd Tier::make_jail(std::uint32_t uid_offset, int cgroup_procs) const {
   std::array<int, 2> ends{};
   if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends.data()) != 0) {
     throw std::system_error(errno, std::generic_category(), "socketpair");

@@ -37,7 +37,7 @@ class Tier {
 
   // Asks for a jail; its end of the socket that is returned tells what became of it. Throws
   // std::system_error.
-  UniqueFd make_jail(std::uint32_t uid_offset, int cgroup_procs);
+  [[nodiscard]] UniqueFd make_jail(std::uint32_t uid_offset, int cgroup_procs) const;
 
   // Ends the process and all its jails. Another start() may follow, unless it has failed too often.
   void stop();

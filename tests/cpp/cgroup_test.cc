@@ -28,8 +28,7 @@ namespace fs = std::filesystem;
 
 constexpr std::uint64_t kMiB = std::uint64_t{1} << 20;
 
-// --- where we are: texts of real systems, shortened
-// ------------------------------------------------
+// --- where we are: texts of real systems, shortened ----------------------------------------------
 
 constexpr const char* kV1Mounts =
     "31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n"
@@ -92,8 +91,7 @@ TEST(MemoryHierarchy, NothingThere) {
   EXPECT_EQ(find_memory_hierarchy("", "0::/\n").reason, "no cgroup2 is mounted");
 }
 
-// --- v2 on a tree of plain files
-// ------------------------------------------------------------------
+// --- v2 on a tree of plain files -----------------------------------------------------------------
 
 class FakeV2 : public ::testing::Test {
  protected:
@@ -189,8 +187,7 @@ TEST_F(FakeV2, AnOldKernelsGroupHasNeitherPeakNorSwap) {
                                               ": Operation not supported (errno 95)");
 }
 
-// --- the kernel's own
-// -----------------------------------------------------------------------------
+// --- the kernel's own ----------------------------------------------------------------------------
 
 // A child that waits for the word before it does its work, and dies with us.
 class Child {

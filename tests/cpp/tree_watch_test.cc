@@ -21,7 +21,9 @@ pid_t holder(std::uint64_t bytes, int sharing) {
   const pid_t child = ::fork();
   if (child != 0) return child;
   ::prctl(PR_SET_PDEATHSIG, SIGKILL);
-  ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, sharing | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  const void* held =
+      ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, sharing | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  if (held == MAP_FAILED) ::_exit(1);
   ::raise(SIGSTOP);
   ::_exit(0);
 }
