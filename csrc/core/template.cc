@@ -22,12 +22,8 @@ namespace {
 
 class Template {
  public:
-  Template(int control, pid_t owner, const JailSpec& spec, const GuestHooks& hooks)
-      : control_(control),
-        owner_(owner),
-        plan_(plan_jails(spec)),
-        hooks_(hooks),
-        cgroup_path_(spec.cgroup_path) {}
+  Template(int control, const JailSpec& spec, const GuestHooks& hooks)
+      : control_(control), plan_(plan_jails(spec)), hooks_(hooks), cgroup_path_(spec.cgroup_path) {}
 
   [[noreturn]] void serve(int parent_gone) {
     send_message(control_, {.kind = MessageKind::kReady});
@@ -83,13 +79,11 @@ class Template {
   [[noreturn]] void leave() {
     for (const Cloned& jail : jails_) pidfd_signal(jail.pidfd.get(), SIGKILL);
     while (!jails_.empty()) reap(jails_.size() - 1);
-    // An owner that lives does it itself, when the other templates' jails are gone too.
-    if (!cgroup_path_.empty() && ::getppid() != owner_) remove_cgroup_tree(cgroup_path_);
+    if (!cgroup_path_.empty()) remove_cgroup_tree(cgroup_path_);
     ::_exit(0);
   }
 
   int control_;
-  pid_t owner_;
   JailPlan plan_;
   GuestHooks hooks_;
   std::string cgroup_path_;
@@ -129,7 +123,7 @@ void serve_template(int control_fd, const JailSpec& jail, const GuestHooks& hook
     send_message(control_fd, {.kind = MessageKind::kStartFailed, .error = error});
     ::_exit(1);
   }
-  Template(control_fd, owner, jail, hooks).serve(parent_gone.get());
+  Template(control_fd, jail, hooks).serve(parent_gone.get());
 }
 
 }  // namespace thor
