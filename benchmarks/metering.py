@@ -10,11 +10,10 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
 
 from thor_fast.engines.base import Capabilities, Engine, GenerateRequest, KVBudget, TokenChunk
-from thor_fast.sandbox.base import Sandbox
+from thor_fast.sandbox.base import ClosedOnExit, Sandbox
 from thor_fast.types import ExecutionRequest, ExecutionResult
 
 __all__ = ["Meter", "MeteredEngine", "MeteredSandbox"]
@@ -142,7 +141,7 @@ class MeteredEngine:
         pass
 
 
-class MeteredSandbox:
+class MeteredSandbox(ClosedOnExit):
     """A sandbox whose calls are counted. Closing it leaves the sandbox open."""
 
     def __init__(self, sandbox: Sandbox, meter: Meter) -> None:
@@ -162,14 +161,3 @@ class MeteredSandbox:
 
     def close(self) -> None:
         pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()

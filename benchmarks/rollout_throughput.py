@@ -21,9 +21,10 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from barrier_rollout import barrier_rollout, changed_tokens
+from command_line import OneLineParser, count
 from metering import Meter, MeteredEngine, MeteredSandbox
 from report import Update, append_record, print_table, progress
 from rollout_setup import Setup, build, first_line
@@ -204,22 +205,10 @@ def ratios(results: dict[str, list[Result]]) -> list[float]:
     return [barrier.wall_s / ours.wall_s for barrier, ours in pairs]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage in front of it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
-    return int(text)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; errors are one line on stderr and exit status 2."""
     assert __doc__ is not None
-    parser = _Parser(
+    parser = OneLineParser(
         prog="rollout_throughput",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -229,11 +218,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, help="folder of a Hugging Face model; default: the tiny policy")
     add("--sandbox", choices=("native", "subprocess"), default="native")
     add("--mode", choices=MODES, help="default: both, in turns")
-    add("--episodes", type=_count, default=256, help="one task each; default: 256")
-    add("--repeats", type=_count, default=3, help="runs of each mode; default: 3")
+    add("--episodes", type=count, default=256, help="one task each; default: 256")
+    add("--repeats", type=count, default=3, help="runs of each mode; default: 3")
     add("--seed", type=int, default=0, help="of the sampling noise; default: 0")
-    add("--max-sequences", type=_count, default=64, help="live at a time; default: 64")
-    add("--max-context", type=_count, default=512, help="tokens per sequence; default: 512")
+    add("--max-sequences", type=count, default=64, help="live at a time; default: 64")
+    add("--max-context", type=count, default=512, help="tokens per sequence; default: 512")
     add("--output", type=Path, default=RESULTS, help="JSON lines; default: benchmarks/results/")
     return parser.parse_args(argv)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from thor_fast.errors import SandboxError
 
-__all__ = ["CpuClock", "Process", "cpu_clock", "descendants"]
+__all__ = ["CpuClock", "Process", "cpu_clock", "descendants", "stat_fields"]
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _ENDING_S = 10.0
@@ -111,7 +111,7 @@ def _read_v2(group: Path) -> float:
 
 def _tree_seconds() -> float:
     ticks = 0
-    for fields in (_stat(pid) for pid in (os.getpid(), *_below())):
+    for fields in (stat_fields(pid) for pid in (os.getpid(), *_below())):
         # utime, stime, and those of children that were waited for: fields 14 to 17 of proc(5)
         ticks += sum(map(int, fields[11:15]))
     return ticks / _TICKS
@@ -131,7 +131,7 @@ def _below() -> set[int]:
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
-            fields = _stat(int(entry.name))
+            fields = stat_fields(int(entry.name))
             if fields:
                 parents[int(entry.name)] = int(fields[1])
     below: set[int] = set()
@@ -142,7 +142,7 @@ def _below() -> set[int]:
     return below
 
 
-def _stat(pid: int) -> list[str]:
+def stat_fields(pid: int) -> list[str]:
     """Fields of /proc/PID/stat from the third on; empty if there is no such process."""
     try:
         # The second field, the name, may hold anything, spaces and parentheses included.

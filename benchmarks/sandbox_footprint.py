@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
-from sandbox_accounting import descendants
+from sandbox_accounting import descendants, stat_fields
 
 __all__ = ["Footprint", "Growth", "control_groups", "fit", "footprint"]
 
@@ -65,10 +65,7 @@ def control_groups(owner: int) -> list[Path]:
 
 
 def _is_zombie(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return False
+    return stat_fields(pid)[:1] == ["Z"]
 
 
 @dataclass(frozen=True, slots=True)

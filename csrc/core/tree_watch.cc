@@ -1,29 +1,25 @@
 #include "core/tree_watch.h"
 
 #include <dirent.h>
-#include <fcntl.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 
-#include "util/unique_fd.h"
+#include "util/kernel_text.h"
 
 namespace thor {
 
 std::uint64_t private_memory_bytes(pid_t pid) {
-  const std::string path = "/proc/" + std::to_string(pid) + "/status";
-  const UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-  std::array<char, 4096> text{};
-  if (!fd || ::read(fd.get(), text.data(), text.size() - 1) <= 0) return 0;
+  const std::optional<std::string> text = read_text("/proc/" + std::to_string(pid) + "/status");
+  if (!text) return 0;
   std::uint64_t total = 0;
   // Shared anonymous memory counts once for each who maps it: rather too much than too little.
   for (const char* field : {"\nRssAnon:", "\nRssShmem:", "\nVmPTE:"}) {
-    const char* found = std::strstr(text.data(), field);
+    const char* found = std::strstr(text->c_str(), field);
     if (found != nullptr) total += std::strtoull(found + std::strlen(field), nullptr, 10) * 1024;
   }
   return total;

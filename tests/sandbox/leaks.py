@@ -17,6 +17,7 @@ __all__ = [
     "control_groups",
     "host_files",
     "is_alive",
+    "is_guest",
     "mounts",
     "processes_of",
     "roles",
@@ -87,13 +88,14 @@ def roles(owner: int, other_templates: Collection[int] = ()) -> Roles:
     def children_of(parents: Collection[int]) -> list[int]:
         return sorted(p.pid for p in below if p.parent in parents and p.state != "Z")
 
-    templates = [pid for pid in children_of([owner]) if _is_template(pid)]
+    templates = [pid for pid in children_of([owner]) if is_guest(pid)]
     templates = [pid for pid in templates if pid not in other_templates]
     zygotes = children_of(templates)
     return Roles(templates, zygotes, children_of(zygotes))
 
 
-def _is_template(pid: int) -> bool:
+def is_guest(pid: int) -> bool:
+    """Whether it is a template, or a fork of one that has not been replaced by another program."""
     try:
         return b"bootstrap.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

@@ -21,6 +21,7 @@ from thor_fast.sandbox import ExecutionRequest, NativeSandbox, SandboxLimits, St
 from thor_fast.sandbox.base import Sandbox
 
 from .contract import SandboxContract
+from .leaks import is_guest, processes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -198,30 +199,9 @@ ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page))
 # --- life and death ------------------------------------------------------------------------------
 
 
-def parent_of(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it ended while we looked
-        return 0
-
-
-def is_guest(pid: int) -> bool:
-    try:
-        return b"bootstrap.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
 def guests(owner: int) -> set[int]:
     """Pids of the zygotes below ``owner``; others may run sandboxes on this machine too."""
-    found = set()
-    for pid in (int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit()):
-        ancestor = pid
-        while ancestor not in (0, owner):
-            ancestor = parent_of(ancestor)
-        if ancestor == owner and is_guest(pid):
-            found.add(pid)
-    return found
+    return {process.pid for process in processes_of(owner) if is_guest(process.pid)}
 
 
 def assert_gone(pids: set[int]) -> None:

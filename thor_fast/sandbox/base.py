@@ -8,12 +8,20 @@ in flight is ``Status.INFRA``; what the caller does wrong, or a sandbox that can
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
-__all__ = ["ExecutionRequest", "ExecutionResult", "Sandbox", "Status"]
+__all__ = [
+    "ClosedOnExit",
+    "ExecutionRequest",
+    "ExecutionResult",
+    "Sandbox",
+    "Status",
+    "stays_below",
+]
 
 
 @runtime_checkable
@@ -48,3 +56,28 @@ class Sandbox(Protocol):
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None: ...
+
+
+class ClosedOnExit:
+    """Makes whatever has a ``close`` a context manager that calls it at the end."""
+
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def stays_below(name: str) -> bool:
+    """Whether ``name`` is a relative path that does not leave the directory it starts in."""
+    path = PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 from thor_fast import _core
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from thor_fast._core import Completion
 
 __all__ = ["LoopSink", "ThreadSink"]
@@ -25,9 +23,9 @@ class ThreadSink:
     def __init__(self) -> None:
         self.queue = _core.CompletionQueue()
 
-    def wait(self) -> Iterator[Completion]:
+    def wait(self) -> list[Completion]:
         """Those that have come since, possibly none."""
-        yield from self.queue.wait(timeout_ms=_SIGNAL_CHECK_MS)
+        return self.queue.wait(timeout_ms=_SIGNAL_CHECK_MS)
 
     def take(self, ticket: int) -> Completion:
         """Block until that one has come; others that come before it are dropped."""

@@ -7,17 +7,17 @@ import re
 import signal
 import weakref
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 from thor_fast import _core
 from thor_fast.errors import SandboxError
+from thor_fast.sandbox.base import ClosedOnExit
 from thor_fast.sandbox.completions import ThreadSink
 from thor_fast.sandbox.wire import decode_reply, decode_result, encode_step
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
     from thor_fast._core import Completion
 
@@ -44,7 +44,7 @@ class Step:
     code: str
 
 
-class _Dialogue:
+class _Dialogue(ClosedOnExit):
     """Open until closed; closing kills the process. Not for several threads at once."""
 
     def __init__(self, host: _Host, dialogue: int, request: ExecutionRequest) -> None:
@@ -58,17 +58,6 @@ class _Dialogue:
     def close(self) -> None:
         """Kill the process and free what it holds. Safe to call twice."""
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _queue(
         self,

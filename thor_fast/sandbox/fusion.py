@@ -20,17 +20,17 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from thor_fast.errors import SandboxError
+from thor_fast.sandbox.base import ClosedOnExit
 from thor_fast.sandbox.fusion_wire import decode_result, encode_request, with_defaults
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
-    from types import TracebackType
 
 __all__ = ["FusionSandbox"]
 
@@ -40,7 +40,7 @@ _RETRY_DELAYS_S = (0.1, 0.4, 1.6)
 _MOST_ANSWER_BYTES = 64 << 20
 
 
-class FusionSandbox:
+class FusionSandbox(ClosedOnExit):
     """Runs snippets on a SandboxFusion server; implements :class:`thor_fast.sandbox.base.Sandbox`.
 
     ``url``: the server, with or without ``/run_code``. ``concurrency``: requests under way at a
@@ -112,17 +112,6 @@ class FusionSandbox:
             call.abort("the sandbox was closed")
         if os.getpid() == self._owner_pid:  # a fork has none of the threads to wait for
             self._threads.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _start(self, request: ExecutionRequest | str) -> _Call:
         if isinstance(request, str):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import json
 import math
-from pathlib import PurePosixPath
 from typing import Any
 
+from thor_fast.sandbox.base import stays_below
 from thor_fast.sandbox.wire import SandboxLimits
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
@@ -70,8 +70,7 @@ def encode_request(request: ExecutionRequest, timeout_s: float, memory_bytes: in
 
 def _encode_files(request: ExecutionRequest) -> dict[str, str]:
     for name in request.files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        if not stays_below(name):
             raise ValueError(f"file name {name!r}, expected a relative path without '..'")
     return {name: base64.b64encode(data).decode() for name, data in request.files.items()}
 

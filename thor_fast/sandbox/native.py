@@ -14,10 +14,11 @@ import os
 import threading
 import weakref
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ParamSpec
 
 from thor_fast import _core
 from thor_fast.errors import SandboxError
+from thor_fast.sandbox.base import ClosedOnExit
 from thor_fast.sandbox.completions import LoopSink, ThreadSink
 from thor_fast.sandbox.dialogue import Session, Step, Stream
 from thor_fast.sandbox.launch import template_command, template_environment
@@ -35,15 +36,16 @@ from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-    from types import TracebackType
 
     from thor_fast._core import Completion
     from thor_fast.sandbox.tiers import Tier
 
 __all__ = ["NativeSandbox"]
 
+_Args = ParamSpec("_Args")
 
-class NativeSandbox:
+
+class NativeSandbox(ClosedOnExit):
     r"""Runs Python snippets; implements :class:`thor_fast.sandbox.base.Sandbox`.
 
     Args:
@@ -158,7 +160,7 @@ class NativeSandbox:
         """
         request = ExecutionRequest("") if request is None else request
         opening = self._encode(request, mode="stream", life_s=_STREAM_LIFE_S)
-        return Stream(self, self._open_dialogue(opening), request)
+        return Stream(self, self._ask(self._orchestrator.open_dialogue, opening), request)
 
     def session(
         self,
@@ -178,7 +180,12 @@ class NativeSandbox:
         mode: Mode = "rewindable session" if rewindable else "session"
         whole = request if request.cpu_s is not None else replace(request, cpu_s=life_s)
         opening = self._encode(whole, mode=mode, life_s=life_s)
-        return Session(self, self._open_dialogue(opening), request, rewindable=rewindable)
+        return Session(
+            self,
+            self._ask(self._orchestrator.open_dialogue, opening),
+            request,
+            rewindable=rewindable,
+        )
 
     def warm_up(self, *tiers: str) -> None:
         """Have these tiers ready, all by default; blocks until they are.
@@ -193,9 +200,8 @@ class NativeSandbox:
             if tiers and name not in tiers:
                 continue
             # Snippets of a tier that cannot start are served by a lighter one: ask who answers.
-            lacking = (
-                f"import sys; print(*sorted({{*{self._tiers[index].modules}}} - {{*sys.modules}}))"
-            )
+            modules = self._tiers[index].modules
+            lacking = f"import sys; print(*sorted({{*{modules}}} - {{*sys.modules}}))"
             sink = ThreadSink()
             request = encode_request(
                 ExecutionRequest(lacking),
@@ -203,7 +209,8 @@ class NativeSandbox:
                 tier=index,
                 determinism=self._deterministic,
             )
-            result = decode_result(sink.take(self._enqueue(request, sink.queue)))
+            ticket = self._ask(self._orchestrator.submit, request, sink.queue)
+            result = decode_result(sink.take(ticket))
             if result.status is not Status.OK or result.stdout != "\n":
                 why = result.error or result.stderr or f"it cannot import {result.stdout.strip()}"
                 raise SandboxError(f"tier {name!r} did not start: {why}")
@@ -232,31 +239,12 @@ class NativeSandbox:
         self._closed = True
         self._finalizer()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
-
     # --- for streams and sessions too -----------------------------------------------------------
 
     def _step(self, dialogue: int, step: Step, queue: _core.CompletionQueue) -> int:
-        self._check_usable()
-        try:
-            return self._orchestrator.step(
-                dialogue,
-                step.data,
-                encode_limits(step.limits, self._limits),
-                choose_tier(step.code, self._tiers),
-                queue,
-            )
-        except (_core.QueueFullError, _core.StartError) as error:
-            raise SandboxError(str(error)) from None
+        limits = encode_limits(step.limits, self._limits)
+        tier = choose_tier(step.code, self._tiers)
+        return self._ask(self._orchestrator.step, dialogue, step.data, limits, tier, queue)
 
     def _timeout_of(self, request: ExecutionRequest) -> float:
         return self._limits.timeout_s if request.timeout_s is None else request.timeout_s
@@ -281,7 +269,7 @@ class NativeSandbox:
     def _submit(self, request: ExecutionRequest | str, queue: _core.CompletionQueue) -> int:
         if isinstance(request, str):
             request = ExecutionRequest(request)
-        return self._enqueue(self._encode(request), queue)
+        return self._ask(self._orchestrator.submit, self._encode(request), queue)
 
     def _encode(
         self, request: ExecutionRequest, *, mode: Mode = "block", life_s: float = 1.0
@@ -296,18 +284,12 @@ class NativeSandbox:
             life_s=life_s,
         )
 
-    def _enqueue(self, request: _core.Request, queue: _core.CompletionQueue) -> int:
+    def _ask(self, method: Callable[_Args, int], *args: _Args.args, **kwargs: _Args.kwargs) -> int:
+        """Call one of the orchestrator's methods that give a number."""
         self._check_usable()
         try:
-            return self._orchestrator.submit(request, queue)
+            return method(*args, **kwargs)
         except (_core.QueueFullError, _core.StartError) as error:
-            raise SandboxError(str(error)) from None
-
-    def _open_dialogue(self, opening: _core.Request) -> int:
-        self._check_usable()
-        try:
-            return self._orchestrator.open_dialogue(opening)
-        except _core.QueueFullError as error:
             raise SandboxError(str(error)) from None
 
     def _check_usable(self) -> None:

@@ -6,10 +6,10 @@ import json
 import marshal
 import os
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 from thor_fast import _core
+from thor_fast.sandbox.base import stays_below
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
 if TYPE_CHECKING:
@@ -179,8 +179,7 @@ def _check_limits(**limits: float | None) -> None:
 
 def _checked_files(request: ExecutionRequest) -> dict[str, bytes]:
     for name in request.files:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+        if not stays_below(name):
             raise ValueError(f"file name {name!r}, expected a relative path without '..'")
     total = sum(len(content) for content in request.files.values())
     if total > _MOST_FILE_BYTES:
@@ -190,8 +189,7 @@ def _checked_files(request: ExecutionRequest) -> dict[str, bytes]:
 
 def _checked_collect(paths: tuple[str, ...]) -> list[str]:
     for path in paths:
-        pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\0" in path:
+        if not stays_below(path):
             raise ValueError(f"path to collect {path!r}, expected a relative one without '..'")
     size = sum(len(os.fsencode(path)) + 1 for path in paths)
     if len(paths) > _MOST_COLLECTED or size > _MOST_COLLECT_BYTES:
