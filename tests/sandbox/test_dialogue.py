@@ -252,7 +252,11 @@ for text in (b'x', b'[]', b'["block", 0, false]', b'[' * 5000, b'["rewound", 1]'
     for rewindable in (False, True):
         with sandbox.session(rewindable=rewindable) as session:
             for block in itertools.repeat(code, 3):
-                assert session.execute(block).status in (Status.OK, Status.ERROR)
+                result = session.execute(block)
+                # What comes between two blocks, as the later ones may, ends the session.
+                assert result.status in (Status.OK, Status.ERROR) or (
+                    "it spoke without being asked" in result.error
+                ), result
             session.execute("import os; os.close(3)")
     assert sandbox.execute("print(1)").stdout == "1\n"
 

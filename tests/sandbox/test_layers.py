@@ -326,7 +326,8 @@ def everybodys_python() -> Iterator[str]:
     found = [path for path in candidates if path is not None and _others_may_run(path)]
     if not found:
         pytest.skip(f"no {name} that every user may run")
-    with tempfile.TemporaryDirectory(prefix="thor-everybody-") as directory:
+    open_to_all = next(path for path in (tempfile.gettempdir(), "/tmp") if _others_may_run(path))
+    with tempfile.TemporaryDirectory(prefix="thor-everybody-", dir=open_to_all) as directory:
         Path(directory).chmod(0o755)
         subprocess.run(
             [found[0], "-m", "venv", "--without-pip", f"{directory}/venv"], check=True, timeout=120

@@ -71,7 +71,8 @@ if TYPE_CHECKING:
 def test_endless_bomb_is_a_timeout(abuse: Abuse, code: str) -> None:
     """The classic, and variations that survive a failing fork, SIGTERM or killpg."""
     result = abuse(code, timeout_s=0.6)
-    assert result.status is Status.TIMEOUT
+    # On a slow machine its threads' stacks and page tables can reach the memory limit first.
+    assert result.status in (Status.TIMEOUT, Status.MEMORY)
 
 
 def test_threads_count_as_processes(abuse: Abuse) -> None:
