@@ -20,9 +20,10 @@ from thor_fast import _core
 from thor_fast.errors import SandboxError
 from thor_fast.sandbox.base import ClosedOnExit
 from thor_fast.sandbox.completions import LoopSink, ThreadSink
-from thor_fast.sandbox.dialogue import Session, Step, Stream
+from thor_fast.sandbox.dialogue import Step, Stream
 from thor_fast.sandbox.launch import template_command, template_environment
 from thor_fast.sandbox.layers import REQUIRED_LAYERS, check_layers
+from thor_fast.sandbox.session import Session
 from thor_fast.sandbox.tiers import choose_tier, default_tiers
 from thor_fast.sandbox.wire import (
     Determinism,

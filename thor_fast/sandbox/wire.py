@@ -145,8 +145,8 @@ def decode_result(done: Completion) -> ExecutionResult:
     )
 
 
-def encode_step(*step: str | float) -> bytes:
-    """A step of a dialogue, as ``guest/dialogue.py`` reads it."""
+def encode_step(*step: str | float | list[int]) -> bytes:
+    """A step of a dialogue, as ``guest/dialogue.py`` and ``guest/router.py`` read it."""
     return marshal.dumps(step, _MARSHAL_VERSION)
 
 

@@ -104,8 +104,8 @@ def _converse(mode: str, namespace: dict[str, Any]) -> int:
     talk = dialogue.Conversation(DIALOGUE_FD)
     if mode == "stream":
         return int(dialogue.serve_stream(talk, namespace, _judge))
-    rewindable = mode == "rewindable session"
-    return int(dialogue.serve_session(talk, namespace, _print_and_rate, rewindable=rewindable))
+    serve = dialogue.serve_session if mode == "session" else dialogue.serve_states
+    return int(serve(talk, namespace, _print_and_rate))
 
 
 def _judge(error: BaseException | None) -> int:

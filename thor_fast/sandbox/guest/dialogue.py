@@ -9,14 +9,16 @@ for more than the fate of that code.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import marshal
-import os
-import signal
+import posix  # not os: what a block has replaced there is not what we call
 import sys
-import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from time import process_time  # before anybody puts another clock in its place
+from typing import TYPE_CHECKING, Any
 
+from .router import begin_states
 from .session import Session
 from .statements import Outcome, Statements
 
@@ -42,16 +44,26 @@ class Conversation:
         self._room = _socket.CMSG_SPACE(_INT_BYTES)
 
     def receive(self) -> tuple[Any, ...]:
-        """The next step. There is no life after the other end has closed."""
-        data, ancillary, _, _ = self._socket.recvmsg(4096, self._room)
-        if not data or not ancillary:
-            os._exit(0)
-        with open(int.from_bytes(ancillary[0][2], sys.byteorder), "rb") as file:  # noqa: PTH123
-            step: tuple[Any, ...] = marshal.loads(file.read())  # noqa: S302  (from our owner)
+        """The next step."""
+        with io.FileIO(self.receive_file()) as file:
+            step: tuple[Any, ...] = marshal.loads(file.readall())  # noqa: S302  (from our owner)
         return step
 
+    def receive_file(self) -> int:
+        """The next step's descriptor. There is no life after the other end has closed."""
+        data, ancillary, _, _ = self._socket.recvmsg(4096, self._room)
+        if not data or not ancillary:
+            posix._exit(0)  # noqa: SLF001
+        return int.from_bytes(ancillary[0][2], sys.byteorder)
+
     def answer(self, *values: Any) -> None:
-        self._socket.send(json.dumps(values).encode())
+        self.send(json.dumps(values).encode())
+
+    def send(self, answer: bytes) -> None:
+        self._socket.send(answer)
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
 
 
 def serve_stream(talk: Conversation, namespace: dict[str, Any], judge: Judge) -> int:
@@ -70,106 +82,41 @@ def serve_stream(talk: Conversation, namespace: dict[str, Any], judge: Judge) ->
         talk.answer(ending.outcome.value)
 
 
-def serve_session(
-    talk: Conversation, namespace: dict[str, Any], judge: Judge, *, rewindable: bool
-) -> int:
+def serve_session(talk: Conversation, namespace: dict[str, Any], judge: Judge) -> int:
     """Run block after block in one namespace; the exit code of the one that ended it."""
     session = Session(namespace)
-    chain = _Chain(talk) if rewindable else None
     while True:
-        kind, value, timeout_s = talk.receive()
-        if kind == "rewind":
-            if chain is not None:
-                chain.rewind(value)
-            continue
-        if chain is not None and not chain.enter(timeout_s):
-            continue  # the block ran in a child, which is gone, and so is what it did
-        started = time.process_time()
-        error = session.open().finish(value).error
-        exit_code = judge(error)
-        if isinstance(error, SystemExit):
+        _, code = talk.receive()
+        exit_code, answer = _run_block(session, code, judge)
+        if not answer:
             return exit_code
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None and not stream.closed:
-                stream.flush()
-        if chain is not None:
-            chain.leave_block()
-        out_of_memory = isinstance(error, MemoryError)
-        talk.answer("block", exit_code, out_of_memory, time.process_time() - started)
+        talk.answer(*answer)
 
 
-class _Chain:
-    """Each block runs in a child of the process that ran the one before it.
+def serve_states(talk: Conversation, namespace: dict[str, Any], judge: Judge) -> int:
+    """As :func:`serve_session`, each block in a fork of the process that keeps the state before it.
 
-    So the parents are the states to go back to. They wait, and only the last process serves.
+    Returns in the process of a block that has ended it.
     """
+    state = begin_states(talk)
+    session = Session(namespace)
+    answer: tuple[Any, ...] = ()
+    while True:
+        code = state.next_block(*answer)
+        exit_code, answer = _run_block(session, code, judge)
+        if not answer:
+            return exit_code
 
-    def __init__(self, talk: Conversation) -> None:
-        import mmap
 
-        self._talk = talk
-        self._depth = 0
-        self._over = -1  # where to say that the block is over
-        self._to_rewind = mmap.mmap(-1, mmap.PAGESIZE)  # shared by the whole chain
-
-    def enter(self, timeout_s: float) -> bool:
-        """Go on in a child. False: in the parent, once the child is gone."""
-        random = sys.modules.get("random")
-        state = random.getstate() if random is not None else None
-        read_end, write_end = os.pipe()
-        pid = os.fork()
-        if pid > 0:
-            os.close(write_end)
-            self._wait(pid, read_end, timeout_s)
-            os.close(read_end)
-            return False
-        os.close(read_end)
-        os.setpgid(0, 0)
-        self._over = write_end
-        self._depth += 1
-        if random is not None:
-            random.setstate(state)  # a fork is reseeded, but to the session this is none
-        return True
-
-    def leave_block(self) -> None:
-        """The block is over, its process goes on: nobody needs to watch the clock."""
-        os.write(self._over, b".")
-        os.close(self._over)
-
-    def rewind(self, blocks: int) -> None:
-        """End so many of the chain's last processes."""
-        if blocks > self._depth:
-            self._talk.answer("depth", self._depth)
-        else:
-            self._end(blocks)
-
-    def _end(self, blocks: int) -> NoReturn:
-        self._set(blocks)
-        os._exit(0)
-
-    def _wait(self, pid: int, over: int, timeout_s: float) -> None:
-        import select
-
-        watch = os.pidfd_open(pid)
-        poll = select.poll()
-        poll.register(watch, select.POLLIN)
-        poll.register(over, select.POLLIN)
-        timed_out = not poll.poll(timeout_s * 1000)
-        if timed_out:
-            os.killpg(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        os.close(watch)
-        left = self._get()
-        if left > 1:
-            self._end(left - 1)
-        if left == 1:
-            self._set(0)
-            self._talk.answer("rewound", self._depth)
-        else:
-            self._talk.answer("gone", status, timed_out)
-
-    def _set(self, blocks: int) -> None:
-        self._to_rewind[:_INT_BYTES] = blocks.to_bytes(_INT_BYTES, sys.byteorder)
-
-    def _get(self) -> int:
-        return int.from_bytes(self._to_rewind[:_INT_BYTES], sys.byteorder)
+def _run_block(session: Session, code: str, judge: Judge) -> tuple[int, tuple[Any, ...]]:
+    """The exit code, and what to answer; nothing where this process is to end."""
+    pid, started = posix.getpid(), process_time()
+    error = session.open().finish(code).error
+    exit_code = judge(error)
+    if isinstance(error, SystemExit) or posix.getpid() != pid:  # a fork of the block's own
+        return exit_code, ()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the block may have put anything there
+            stream.flush()
+    out_of_memory = isinstance(error, MemoryError)
+    return exit_code, ("block", exit_code, out_of_memory, process_time() - started)

@@ -37,6 +37,7 @@ import random
 import sys
 from typing import TYPE_CHECKING, Any
 
+from . import forking
 from .clock import Clock, replace
 
 if TYPE_CHECKING:
@@ -144,9 +145,13 @@ class _Entropy:
         module._node = int.from_bytes(self.urandom(6), "big") | 1 << 40  # noqa: SLF001
 
     def count_child(self) -> None:
+        if forking.unnoticed:
+            return
         self._child = next(self._children)
 
     def reseed_child(self) -> None:
+        if forking.unnoticed:
+            return
         self._lineage += f".{self._child}"
         self._children = itertools.count(1)
         self._stream.seed(f"entropy {self._seed}{self._lineage}")
