@@ -23,7 +23,7 @@ from thor_fast.sandbox.completions import LoopSink, ThreadSink
 from thor_fast.sandbox.dialogue import Step, Stream
 from thor_fast.sandbox.launch import template_command, template_environment
 from thor_fast.sandbox.layers import REQUIRED_LAYERS, check_layers
-from thor_fast.sandbox.session import Session
+from thor_fast.sandbox.session import Session, open_session
 from thor_fast.sandbox.tiers import choose_tier, default_tiers
 from thor_fast.sandbox.wire import (
     Determinism,
@@ -173,15 +173,23 @@ class NativeSandbox(ClosedOnExit):
         """A namespace that several blocks share; ``request`` gives all but their code.
 
         The first block's imports choose the tier. ``rewindable``: keep the state before each block,
-        to go back to; costs a fork a block. ``life_s``: after that time since its first block it is
-        over, whatever it does; it is also the limit of its CPU time, unless the request names one.
-        Raises ``SandboxError`` when ``max_dialogues`` are open.
+        to go back to or to fork the session at; costs a fork a block. ``life_s``: after that time
+        since its first block it is over, whatever it does; it is also the limit of its CPU time,
+        unless the request names one.
+        Raises ``SandboxError`` when ``max_dialogues`` are open, ``ValueError`` for too low a
+        ``max_processes``.
         """
         request = ExecutionRequest("") if request is None else request
+        processes = request.max_processes or self._limits.max_processes
+        if rewindable and processes < _FEWEST_PROCESSES:
+            raise ValueError(
+                f"max_processes is {processes}, expected at least {_FEWEST_PROCESSES} for a "
+                "rewindable session: for its router, its first state and a block"
+            )
         mode: Mode = "rewindable session" if rewindable else "session"
         whole = request if request.cpu_s is not None else replace(request, cpu_s=life_s)
         opening = self._encode(whole, mode=mode, life_s=life_s)
-        return Session(
+        return open_session(
             self,
             self._ask(self._orchestrator.open_dialogue, opening),
             request,
@@ -312,6 +320,7 @@ class NativeSandbox(ClosedOnExit):
 
 # A stream lives while its text is written; a model that needs longer has gone.
 _STREAM_LIFE_S = 3600.0
+_FEWEST_PROCESSES = 3
 
 
 def _close(orchestrator: _core.Orchestrator, owner_pid: int) -> None:

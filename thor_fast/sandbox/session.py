@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from thor_fast.sandbox.dialogue import Host
     from thor_fast.types import ExecutionRequest
 
-__all__ = ["Session"]
+__all__ = ["Session", "open_session"]
 
 # For the process that watches a block's clock to say that its time is up, before the whole session
 # is ended (guest/router.py needs at most half of it).
@@ -101,6 +101,14 @@ class _Block:
     state: _State | None  # the one it will leave, if states are kept
 
 
+def open_session(
+    host: Host, dialogue: int, request: ExecutionRequest, *, rewindable: bool
+) -> Session:
+    """The first of a new dialogue; its process starts with its first block."""
+    tree = _Tree(host, dialogue, request)
+    return Session(tree, _State(tree, None) if rewindable else None)
+
+
 class Session(ClosedOnExit):
     """Blocks that share one namespace, like the cells of a notebook.
 
@@ -123,13 +131,7 @@ class Session(ClosedOnExit):
     Obtained from ``NativeSandbox.session``.
     """
 
-    def __init__(
-        self, host: Host, dialogue: int, request: ExecutionRequest, *, rewindable: bool
-    ) -> None:
-        tree = _Tree(host, dialogue, request)
-        self._enter(tree, _State(tree, None) if rewindable else None)
-
-    def _enter(self, tree: _Tree, state: _State | None) -> None:
+    def __init__(self, tree: _Tree, state: _State | None) -> None:
         self._tree = tree
         self._state = state  # None: none is kept
         self._sink = ThreadSink()
@@ -143,10 +145,7 @@ class Session(ClosedOnExit):
         Costs nothing until it runs a block. Raises ``SandboxError`` where the session keeps no
         states or is closed.
         """
-        state = self._kept_state()
-        fork = Session.__new__(Session)
-        fork._enter(self._tree, state)  # noqa: SLF001
-        return fork
+        return Session(self._tree, self._kept_state())
 
     def execute(self, code: str, *, timeout_s: float | None = None) -> ExecutionResult:
         """Run the next block; blocks the calling thread. ``timeout_s``: its own limit."""

@@ -15,12 +15,12 @@ unnoticed = False
 def fork_unnoticed() -> int:
     """As ``os.fork``."""
     global unnoticed
-    state = random._inst.getstate()  # type: ignore[attr-defined]  # noqa: SLF001
+    state = random._inst.getstate()  # noqa: SLF001
     unnoticed = True
     try:
         pid = posix.fork()
     finally:
         unnoticed = False
     if pid == 0:
-        random._inst.setstate(state)  # type: ignore[attr-defined]  # noqa: SLF001
+        random._inst.setstate(state)  # noqa: SLF001
     return pid

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _CREDENTIALS_BYTES = 12  # struct ucred: pid, uid, gid
 _MOST_SAID = 4096
 _TO_BURY_S = 1.0  # for a state to say how its child ended
-_SWEEPS, _SWEEP_S = 300, 0.001  # in which a block's processes are outrun
+_SWEEPS, _SWEEP_S = 500, 0.001  # in which a block's processes are outrun
 
 
 def begin_states(talk: Conversation) -> State:
@@ -100,13 +100,14 @@ class Router:
         fd = self._talk.receive_file()
         with io.FileIO(fd) as file:
             kind, *step = marshal.loads(file.readall())  # noqa: S302  (from our owner)
-            for number in step[-1] if kind == "end" else step[3]:
-                self._end(number)
             if kind == "end":
+                self._end_all(step[0])
                 self._talk.answer("ended")
             else:
+                base, number, timeout_s, unreachable, _ = step
+                self._end_all(unreachable)
                 file.seek(0)
-                self._start(*step[:3], fd)
+                self._start(base, number, timeout_s, fd)
 
     def _start(self, base: int, number: int, timeout_s: float, file: int) -> None:
         self._base, self._number, self._timed_out = base, number, False
@@ -159,13 +160,14 @@ class Router:
             kind, child, what = json.loads(data)
         except (ValueError, TypeError, RecursionError):
             return False
-        if number != self._base or child != self._number:
-            return kind == "gone"  # of a state that has been ended
-        if kind == "gone":
+        asked = number == self._base and child == self._number
+        if asked and kind == "gone":
             self._finish(kind, what, self._timed_out)
-        elif kind == "refused":
+        elif asked and kind == "refused":
             self._finish(kind, what)
-        return kind in ("gone", "refused")
+        else:
+            return bool(kind == "gone")  # its child was a state, which has been ended
+        return True
 
     def _out_of_time(self) -> None:
         if self._timed_out:  # and nobody says what became of it
@@ -192,6 +194,10 @@ class Router:
         self._numbers[channel.fileno()] = number
         self._poll.register(channel.fileno(), self._readable)
 
+    def _end_all(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self._end(number)
+
     def _end(self, number: int) -> None:
         """Also one that has ended."""
         if number in self._pids:
@@ -208,24 +214,18 @@ class Router:
             channel.close()
 
     def _sweep(self) -> None:
-        """End every process but those that keep states; if they outrun us, the session."""
+        """Kill every process but those that keep states; if they outrun us, the session ends.
+
+        Who has been killed runs no more, and forks no more, though it may take a while to be gone.
+        """
         spared = {1, posix.getpid(), *self._pids.values()}
         for _ in range(_SWEEPS):
-            pids = {int(name) for name in posix.listdir("/proc") if name.isdigit()}
-            left = [pid for pid in pids - spared if _runs(pid)]
+            left = {int(name) for name in posix.listdir("/proc") if name.isdigit()} - spared
             if not left:
                 return
             for pid in left:
                 with contextlib.suppress(OSError):
                     posix.kill(pid, signal.SIGKILL)
+            spared |= left
             sleep(_SWEEP_S)
         posix._exit(1)  # noqa: SLF001
-
-
-def _runs(pid: int) -> bool:
-    """Not a zombie, which its parent has yet to wait for."""
-    try:
-        with io.FileIO(f"/proc/{pid}/stat") as file:
-            return file.readall().rpartition(b") ")[2][:1] not in b"ZX"
-    except OSError:  # it went while we looked
-        return False

@@ -30,6 +30,7 @@ from .forking import fork_unnoticed
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_TRIES, _RETRY_MS = 100, 5  # what was killed lives on until its parent has waited for it
 CHANNEL_FD = 3  # the same in every block, so that the files a block opens have the same numbers
 
 
@@ -45,6 +46,7 @@ class State:
         self._room = _socket.CMSG_SPACE(2 * array("i").itemsize)
         self._poll: Callable[[], Any] = select.poll
         self._readable = select.POLLIN
+        self._tries = 0  # left to fork for the step in progress
 
     def next_block(self, *answer: Any) -> str:
         """Answer for the last block and wait; returns the next block, in the child to run it."""
@@ -55,23 +57,25 @@ class State:
         poll = self._poll()
         poll.register(CHANNEL_FD, self._readable)
         children: dict[int, tuple[int, int]] = {}
+        number, fds = -1, [0]
         while True:
-            for fd, _ in poll.poll():
-                if fd != CHANNEL_FD:
+            for fd, _ in poll.poll(_RETRY_MS if self._tries else None):
+                if fd == CHANNEL_FD:
+                    number, fds = self._receive()
+                    self._tries = _TRIES
+                else:
                     poll.unregister(fd)
                     self._bury(fd, *children.pop(fd))
-                    continue
-                number, fds = self._receive()
-                pid = self._fork(number, fds)
-                if pid == 0:
-                    for child in children:
-                        posix.close(child)
-                    restore_signals()
-                    return _read_block(fds[0])
-                if pid > 0:
-                    child = posix.pidfd_open(pid)
-                    children[child] = (pid, number)
-                    poll.register(child, self._readable)
+            pid = self._fork(number, fds) if self._tries else -1
+            if pid == 0:
+                for child in children:
+                    posix.close(child)
+                restore_signals()
+                return _read_block(fds[0])
+            if pid > 0:
+                child = posix.pidfd_open(pid)
+                children[child] = (pid, number)
+                poll.register(child, self._readable)
 
     def _receive(self) -> tuple[int, list[int]]:
         data, ancillary, _, _ = self._channel.recvmsg(64, self._room)
@@ -83,13 +87,19 @@ class State:
         return int(data), fds.tolist()
 
     def _fork(self, number: int, fds: list[int]) -> int:
-        """As ``os.fork``, with the new channel in the child's place of ours; -1: refused."""
+        """As ``os.fork``, with the new channel in the child's place of ours; -1: there is none."""
         reason, pid = "the last block has used up its descriptors", -1
+        self._tries -= 1
         try:
             if len(fds) == 2:
                 pid = fork_unnoticed()
+        except BlockingIOError as error:  # as many processes as there may be, some of them dying
+            if self._tries:
+                return -1
+            reason = f"fork: {error}"
         except OSError as error:
             reason = f"fork: {error}"
+        self._tries = 0
         if pid == 0:
             _become_channel(fds[1])
             posix.setpgid(0, 0)  # what a block does to its process group, it does not do to us
