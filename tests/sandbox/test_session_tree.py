@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from thor_fast.errors import SandboxError
 from thor_fast.sandbox import Determinism, ExecutionRequest, NativeSandbox, Status
 
-from .leaks import assert_ended, processes_of
+from .leaks import Process, assert_ended, processes_of, roles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -411,51 +411,63 @@ def test_a_state_that_another_branch_has_killed(session: Session) -> None:
 # --- the end -------------------------------------------------------------------------------------
 
 
-def test_closing_frees_what_only_that_session_can_reach(sandbox: NativeSandbox) -> None:
-    before = processes_of(os.getpid())
+@pytest.fixture
+def own() -> Iterator[tuple[NativeSandbox, Callable[[], set[Process]]]]:
+    """A sandbox with a count of its living processes, apart from those of the shared one."""
+    others = roles(os.getpid()).templates
 
-    def states() -> int:
-        return len({p for p in processes_of(os.getpid()) - before if p.state != "Z"})
+    def below() -> set[Process]:
+        (template,) = roles(os.getpid(), others).templates
+        return {process for process in processes_of(template) if process.state != "Z"}
 
+    with NativeSandbox(slots=1) as sandbox:
+        yield sandbox, below
+
+
+def test_closing_frees_what_only_that_session_can_reach(
+    own: tuple[NativeSandbox, Callable[[], set[Process]]],
+) -> None:
+    sandbox, below = own
     with sandbox.session(MANY, rewindable=True) as session:
         session.execute("x = 1")
-        alone = states()
+        alone = len(below())
         fork = session.fork()
         for _ in range(3):
             fork.execute("x += 1")
         deeper = fork.fork()
         deeper.execute("x += 1")
-        assert states() >= alone + 4
+        assert len(below()) >= alone + 4
         fork.close()  # what it can reach, its fork can too
         assert shown(deeper, "x") == "5"
         deeper.close()
-        until(lambda: states() <= alone)
+        until(lambda: len(below()) <= alone)
         assert shown(session, "x") == "1"
-        left = processes_of(os.getpid()) - before
+        left = below()
     assert_ended(left)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_closing_in_any_order_leaves_no_process(order: tuple[int, ...]) -> None:
-    before = processes_of(os.getpid())
-    with NativeSandbox(slots=1) as sandbox:
-        session = sandbox.session(rewindable=True)
-        session.execute("x = 1")
-        branches = [session, session.fork()]
-        branches.append(branches[1].fork())
-        for n, branch in enumerate(branches):
-            branch.execute(f"x = {n}")
-        made = processes_of(os.getpid()) - before
-        for n in order:
-            assert shown(branches[n], "x") == str(n)
-            branches[n].close()
-            branches[n].close()
-            with pytest.raises(SandboxError, match="this session is closed"):
-                branches[n].execute("x")
-            with pytest.raises(SandboxError, match="this session is closed"):
-                branches[n].fork()
-        assert sandbox.stats()["dialogues"] == 0
-    assert made
+def test_closing_in_any_order_leaves_no_process(
+    own: tuple[NativeSandbox, Callable[[], set[Process]]], order: tuple[int, ...]
+) -> None:
+    sandbox, below = own
+    session = sandbox.session(rewindable=True)
+    session.execute("x = 1")
+    branches = [session, session.fork()]
+    branches.append(branches[1].fork())
+    for n, branch in enumerate(branches):
+        branch.execute(f"x = {n}")
+    made = below()
+    assert len(made) >= ROUTER_AND_FIRST_STATE + 4
+    for n in order:
+        assert shown(branches[n], "x") == str(n)
+        branches[n].close()
+        branches[n].close()
+        with pytest.raises(SandboxError, match="this session is closed"):
+            branches[n].execute("x")
+        with pytest.raises(SandboxError, match="this session is closed"):
+            branches[n].fork()
+    assert sandbox.stats()["dialogues"] == 0
     assert_ended(made)
 
 

@@ -8,7 +8,7 @@ Loaded from its file inside the guest interpreter: the standard library only.
                       ["gone", wait status, timed out]                   it is not, the base is
                       ["refused", reason]                                likewise: it was not run
                       ["lost"]       the block has taken its base with it
-                      ["unknown"]    there is no such base: a block has killed it
+                      ["unknown"]    there is no such base, or no more: a block has killed it
                       ["ended"]
 
 Each state has a channel of its own (``state.py``), so that only the process that was asked can
@@ -81,7 +81,7 @@ class Router:
         self._pids: dict[int, int] = {0: pid}  # of the states that are there, by number
         self._base = self._number = -1  # of the step in progress, if any
         self._deadline: float | None = None
-        self._timed_out = False
+        self._begun = self._timed_out = False
         self._add(0, channel)
 
     def serve(self) -> NoReturn:
@@ -110,7 +110,8 @@ class Router:
                 self._start(base, number, timeout_s, fd)
 
     def _start(self, base: int, number: int, timeout_s: float, file: int) -> None:
-        self._base, self._number, self._timed_out = base, number, False
+        self._base, self._number = base, number
+        self._begun = self._timed_out = False
         self._deadline = monotonic() + timeout_s
         if base not in self._channels:
             self._finish("unknown")
@@ -145,9 +146,12 @@ class Router:
             self._end(number)  # it spoke without being asked
         # The block may live on after its base, but then nobody can say how it ends.
         if self._base >= 0 and not {self._base, self._number} & self._channels.keys():
-            self._finish("lost")
+            self._finish("lost" if self._begun else "unknown")
 
     def _hear_block(self, data: bytes, ancillary: list[tuple[int, int, bytes]]) -> None:
+        if data == b'["begun"]' and not self._begun:
+            self._begun = True
+            return
         if not data.startswith(b'["block", '):
             self._finish("garbled")
             return
@@ -172,7 +176,7 @@ class Router:
     def _out_of_time(self) -> None:
         if self._timed_out:  # and nobody says what became of it
             self._end(self._base)
-            self._finish("lost")
+            self._finish("lost" if self._begun else "unknown")
             return
         self._timed_out = True
         self._deadline = monotonic() + _TO_BURY_S

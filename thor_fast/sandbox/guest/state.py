@@ -8,7 +8,8 @@ and waits there in turn. So a state can be gone on from any number of times, and
 while it waits it has one thread, and takes no signals.
 
     router -> state   number of the new state   + the step's file, + the new state's channel
-    state -> router   ["block", exit code, out of memory, CPU seconds]   once it has been made
+    state -> router   ["begun"]    by the child: if it ends from here on, its block has ended it
+                      ["block", exit code, out of memory, CPU seconds]   once it has been made
                       ["gone", number, wait status]     a child ended, whatever it kept
                       ["refused", number, reason]       there is no child of that number
 """
@@ -70,6 +71,7 @@ class State:
             if pid == 0:
                 for child in children:
                     posix.close(child)
+                self._send("begun")
                 restore_signals()
                 return _read_block(fds[0])
             if pid > 0:
