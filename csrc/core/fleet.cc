@@ -1,5 +1,6 @@
 #include "core/fleet.h"
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -20,6 +21,12 @@ namespace {
 
 // Jails that may die before they took a request, one after another, for each request.
 constexpr int kMaxAttempts = 4;
+
+std::string out_of_turn(const Message& message, std::size_t fds, bool preparing) {
+  return "a jail sent message " + std::to_string(static_cast<std::uint32_t>(message.kind)) +
+         " with " + std::to_string(fds) + " descriptors, expected " +
+         (preparing ? "that a child is parked (4, with 3)" : "that its child ended (6)");
+}
 
 }  // namespace
 
@@ -297,14 +304,17 @@ void Fleet::on_jail(std::size_t index) {
       case Received::kClosed: return on_jail_gone(index, "the snippet's jail died");
       case Received::kMessage: break;
     }
-    if (message.kind == MessageKind::kJailMade && fds.size() == 1) {
+    const bool preparing = jail.state == JailHandle::State::kPreparing;
+    if (message.kind == MessageKind::kJailMade && fds.size() == 1 && !jail.zygote) {
       jail.zygote = std::move(fds[0]);
-    } else if (message.kind == MessageKind::kParked && fds.size() == 3) {
+    } else if (message.kind == MessageKind::kParked && fds.size() == 3 && preparing) {
       on_parked(index, message, std::move(fds));
-    } else if (message.kind == MessageKind::kExited) {
+    } else if (message.kind == MessageKind::kExited && !preparing) {
       on_exited(index, message, fds);
     } else {
-      failure_ = "a jail could not be made: " + describe(message.error);
+      failure_ = message.kind == MessageKind::kStartFailed
+                     ? "a jail could not be made: " + describe(message.error)
+                     : out_of_turn(message, fds.size(), preparing);
       return discard(index, infra(failure_));
     }
   }
@@ -328,6 +338,9 @@ void Fleet::on_parked(std::size_t index, const Message& parked, std::vector<Uniq
   jail.child = std::move(fds[0]);
   jail.standard_output = std::move(fds[1]);
   jail.standard_error = std::move(fds[2]);
+  // Here and not by their maker: a read that waits would stop us all.
+  ::fcntl(jail.standard_output.get(), F_SETFL, O_NONBLOCK);
+  ::fcntl(jail.standard_error.get(), F_SETFL, O_NONBLOCK);
   jail.state = JailHandle::State::kParked;
   deadlines_.clear(deadline_of_jail(index));
   if (counts_.layers == 0) counts_.layers = parked.layers;
@@ -339,6 +352,10 @@ void Fleet::on_exited(std::size_t index, const Message& exited,
                       const std::vector<UniqueFd>& files) {
   JailHandle& jail = *jails_[index];
   const Clock::time_point now = Clock::now();
+  if (!exited.started) {  // told to the next request, or to who waits for the sandbox's start
+    failure_ = "a snippet's process died before it started";
+    if (exited.error) failure_ += ": " + describe(exited.error);
+  }
   const bool left_traces = exited.started && !exited.pristine;
   if (left_traces) ++counts_.jails_discarded;
   jail.state = JailHandle::State::kPreparing;

@@ -151,6 +151,11 @@ SetupError settle(const JailPlan& plan, std::uint32_t* layers, JailFiles* files)
   return close_walls(plan, files->full_proc.get(), layers);
 }
 
+[[noreturn]] void give_up(int socket, const SetupError& error) {
+  send_message(socket, {.kind = MessageKind::kStartFailed, .error = error});
+  ::_exit(1);
+}
+
 [[noreturn]] void live_in_jail(const JailPlan& plan, int socket, int go, std::uint32_t layers,
                                const GuestHooks& hooks) {
   char word = 0;
@@ -158,16 +163,15 @@ SetupError settle(const JailPlan& plan, std::uint32_t* layers, JailFiles* files)
   sigset_t none;
   sigemptyset(&none);
   ::sigprocmask(SIG_SETMASK, &none, nullptr);
-  if (::dup2(socket, kControlFd) != kControlFd ||
-      ::syscall(kSysCloseRange, unsigned{kControlFd} + 1, ~0U, 0U) != 0) {
-    ::_exit(1);
+  if (::dup2(socket, kControlFd) != kControlFd) {
+    give_up(socket, failed(SetupStep::kFileDescriptors, 5));
+  }
+  if (::syscall(kSysCloseRange, unsigned{kControlFd} + 1, ~0U, 0U) != 0) {
+    give_up(kControlFd, failed(SetupStep::kFileDescriptors, 6));
   }
   hooks.after_fork_child(hooks.context);
   JailFiles files;
-  if (const SetupError error = settle(plan, &layers, &files)) {
-    send_message(kControlFd, {.kind = MessageKind::kStartFailed, .error = error});
-    ::_exit(1);
-  }
+  if (const SetupError error = settle(plan, &layers, &files)) give_up(kControlFd, error);
   serve_snippets(plan, layers, std::move(files), hooks);
 }
 

@@ -35,6 +35,18 @@ void detach_fds(msghdr* header, std::vector<UniqueFd>* fds) {
 
 #pragma GCC diagnostic pop
 
+// A sender that lost its way must not get past us what no compiler would write, and so none
+// expects.
+bool well_formed(const Message& message) {
+  const auto valid = [](const bool& flag) {
+    return reinterpret_cast<const unsigned char&>(flag) < 2;
+  };
+  return message.kind <= MessageKind::kStep && valid(message.payload_is_file) &&
+         valid(message.has_stdin) && valid(message.has_dialogue) && valid(message.started) &&
+         valid(message.pristine) && valid(message.out_of_memory) &&
+         valid(message.tree_out_of_memory);
+}
+
 constexpr std::size_t kControlBytes = 160;  // room for kMaxFds descriptors and a header
 static_assert(kControlBytes >= sizeof(cmsghdr) + kMaxFds * sizeof(int));
 
@@ -79,9 +91,11 @@ Received receive_message(int socket, Message* message, std::vector<UniqueFd>* fd
     got = ::recvmsg(socket, &header, MSG_CMSG_CLOEXEC);
   } while (got < 0 && errno == ECONNRESET);
   if (got < 0 && (errno == EAGAIN || errno == EINTR)) return Received::kNothing;
-  if (got > 0) detach_fds(&header, fds);
+  if (got >= 0) detach_fds(&header, fds);  // an empty datagram can carry some too
   constexpr auto kHead = static_cast<ssize_t>(sizeof(*message));
-  if (got < kHead || (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0) return Received::kClosed;
+  if (got < kHead || (header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) != 0 || !well_formed(*message)) {
+    return Received::kClosed;
+  }
   if (payload != nullptr) payload->assign(text.data(), static_cast<std::size_t>(got - kHead));
   return Received::kMessage;
 }

@@ -89,8 +89,8 @@ bool send_message(int socket, const Message& message, std::span<const int> fds =
 
 enum class Received : std::uint8_t { kMessage, kNothing, kClosed };
 
-// Takes the next message. kNothing: none waits (non-blocking socket) or a signal came. `payload`
-// may be null where none is expected.
+// Takes the next message. kNothing: none waits (non-blocking socket) or a signal came. kClosed: the
+// peer is gone, or what it sent is no message. `payload` may be null where none is expected.
 Received receive_message(int socket, Message* message, std::vector<UniqueFd>* fds,
                          std::string* payload = nullptr);
 

@@ -10,7 +10,7 @@ const char* name(SetupStep step) {
   switch (step) {
     case SetupStep::kNone: return "nothing";
     case SetupStep::kSingleThread: return "checking that the template has one thread";
-    case SetupStep::kParentGone: return "checking that the parent is alive";
+    case SetupStep::kParentGone: return "watching for the parent's death";
     case SetupStep::kUnshare: return "creating a jail's namespaces";
     case SetupStep::kIdMaps: return "writing the user and group maps";
     case SetupStep::kSetIds: return "dropping to an unprivileged user";

@@ -103,23 +103,30 @@ SetupError check_single_threaded() {
 
 // SIGTERM comes when our parent's thread dies: a fork of the parent may hold our socket open, so
 // its closing cannot be relied on alone. Not SIGKILL: there is something to clean up.
-UniqueFd watch_parent() {
+SetupError watch_parent(UniqueFd* gone) {
   sigset_t term;
   sigemptyset(&term);
   sigaddset(&term, SIGTERM);
   ::sigprocmask(SIG_BLOCK, &term, nullptr);
-  UniqueFd fd(::signalfd(-1, &term, SFD_CLOEXEC));
-  ::prctl(PR_SET_PDEATHSIG, SIGTERM);
-  return fd;
+  gone->reset(::signalfd(-1, &term, SFD_CLOEXEC));
+  if (!*gone) return failed(SetupStep::kParentGone, 2);
+  if (::prctl(PR_SET_PDEATHSIG, SIGTERM) != 0) return failed(SetupStep::kParentGone, 3);
+  return {};
+}
+
+SetupError prepare(UniqueFd* parent_gone) {
+  if (const SetupError e = watch_parent(parent_gone)) return e;
+  return check_single_threaded();
 }
 
 }  // namespace
 
 void serve_template(int control_fd, const JailSpec& jail, const GuestHooks& hooks) {
   const pid_t owner = ::getppid();
-  const UniqueFd parent_gone = watch_parent();
+  UniqueFd parent_gone;
+  const SetupError error = prepare(&parent_gone);
   if (::getppid() != owner) ::_exit(0);  // it died before we could be told
-  if (const SetupError error = check_single_threaded()) {
+  if (error) {
     send_message(control_fd, {.kind = MessageKind::kStartFailed, .error = error});
     ::_exit(1);
   }

@@ -5,6 +5,9 @@
 #include <unistd.h>
 
 #include <array>
+#include <cstddef>
+#include <cstring>
+#include <iterator>
 #include <utility>
 
 namespace thor {
@@ -92,6 +95,43 @@ TEST(Protocol, DescriptorsOfABadMessageAreNotLeaked) {
   const int after = ::dup(left.get());
   EXPECT_EQ(after, before);
   ::close(after);
+}
+
+void send_empty_with_descriptor(int socket) {
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr header{};
+  header.msg_control = control.data();
+  header.msg_controllen = control.size();
+  cmsghdr* first = CMSG_FIRSTHDR(&header);
+  first->cmsg_level = SOL_SOCKET;
+  first->cmsg_type = SCM_RIGHTS;
+  first->cmsg_len = CMSG_LEN(sizeof(int));
+  std::memcpy(CMSG_DATA(first), &socket, sizeof(int));
+  ASSERT_EQ(::sendmsg(socket, &header, 0), 0);
+}
+
+TEST(Protocol, DescriptorsOfAnEmptyMessageAreNotLeaked) {
+  auto [left, right] = connected();
+  send_empty_with_descriptor(left.get());
+  Message message;
+  std::vector<UniqueFd> fds;
+  EXPECT_EQ(receive_message(right.get(), &message, &fds), Received::kClosed);
+  EXPECT_EQ(fds.size(), 1U);
+}
+
+TEST(Protocol, WhatNoCompilerWritesIsNotUnderstood) {
+  for (const std::size_t byte :
+       {offsetof(Message, kind), offsetof(Message, payload_is_file), offsetof(Message, has_stdin),
+        offsetof(Message, has_dialogue), offsetof(Message, started), offsetof(Message, pristine),
+        offsetof(Message, out_of_memory), offsetof(Message, tree_out_of_memory)}) {
+    auto [left, right] = connected();
+    std::array<unsigned char, sizeof(Message)> sent{};
+    sent.at(byte) = 8;
+    ASSERT_EQ(::send(left.get(), sent.data(), sent.size(), 0), std::ssize(sent));
+    Message got;
+    std::vector<UniqueFd> fds;
+    EXPECT_EQ(receive_message(right.get(), &got, &fds), Received::kClosed) << "byte " << byte;
+  }
 }
 
 }  // namespace

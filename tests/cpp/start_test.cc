@@ -107,5 +107,33 @@ TEST(Start, AZygoteThatDiesAtOnceIsSaid) {
   EXPECT_EQ(start_error(with("STUB_REFRESH=die")), "the snippet's jail died");
 }
 
+TEST(Start, AJailThatSpeaksOutOfTurnIsGivenUp) {
+  EXPECT_EQ(start_error(with("STUB_REFRESH=end-early")),
+            "a jail sent message 6 with 0 descriptors, expected that a child is parked (4, with "
+            "3)");
+  EXPECT_EQ(start_error(with("STUB_REFRESH=babble")), "the snippet's jail died");
+  EXPECT_EQ(start_error(with("STUB_REFRESH=unlikely-flags")), "the snippet's jail died");
+}
+
+// Its request would run a second time.
+TEST(Start, AJailThatParksTwiceServesNobody) {
+  const std::string expected =
+      "a jail sent message 4 with 3 descriptors, expected that its child ended (6)";
+  try {
+    Orchestrator orchestrator(with("STUB_REFRESH=park-twice"));
+    const Result result = run_one(orchestrator, command("print x"));
+    EXPECT_EQ(result.status, Status::kInfra);
+    EXPECT_EQ(result.error, expected);
+  } catch (const StartError& e) {  // both were there before anybody could ask
+    EXPECT_EQ(e.what(), expected);
+  }
+}
+
+TEST(Start, PipesThatMakeReadersWaitDoNotStopTheOrchestrator) {
+  Orchestrator orchestrator(with("STUB_REFRESH=pipes-that-wait"));
+  const Result result = run_one(orchestrator, command("print x", milliseconds(100)));
+  EXPECT_EQ(result.status, Status::kTimeout) << result.error;
+}
+
 }  // namespace
 }  // namespace thor

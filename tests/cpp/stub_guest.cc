@@ -8,13 +8,18 @@
 //
 // Its environment: STUB_REFUSE=NAME makes the tier of that name (argv[1]) die before it serves,
 // STUB_HANG=NAME makes it wait for ever, STUB_THREAD makes it multi-threaded, STUB_READONLY adds a
-// read-only path, STUB_LAYERS=0 requires no optional layer, STUB_CGROUP is the pool's directory,
-// STUB_REFRESH=die ends each zygote before it parks a child.
+// read-only path, or takes them all away ("none"), STUB_LAYERS=0 requires no optional layer,
+// STUB_CGROUP is the pool's directory, STUB_DENY makes system calls fail (see deny()).
+// STUB_REFRESH is what each zygote does before it parks a child: die | end-early | park-twice |
+// babble | unlikely-flags | pipes-that-wait.
 #include <dirent.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -22,7 +27,9 @@
 
 #include <array>
 #include <cerrno>
+#include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <functional>
 #include <iostream>
@@ -261,8 +268,74 @@ int run(void* /*context*/, const thor::GuestJob& job) {
   return obey(job.payload);
 }
 
+std::array<int, 2> pipe_that_waits() {
+  std::array<int, 2> ends{};
+  if (::pipe(ends.data()) != 0) ::_exit(1);
+  return ends;
+}
+
+void say_parked(int standard_output) {
+  const std::array<int, 3> fds{standard_output, standard_output, standard_output};
+  thor::send_message(thor::kControlFd, {.kind = thor::MessageKind::kParked}, fds);
+}
+
 void refresh(void* /*context*/) {
-  if (std::getenv("STUB_REFRESH") != nullptr) ::_exit(1);
+  const char* wanted = std::getenv("STUB_REFRESH");
+  const std::string what = wanted == nullptr ? "" : wanted;
+  thor::Message message{.kind = thor::MessageKind::kExited};
+  if (what == "die") ::_exit(1);
+  if (what == "end-early") thor::send_message(thor::kControlFd, message);
+  if (what == "park-twice") say_parked(pipe_that_waits()[0]);
+  if (what == "babble") ::send(thor::kControlFd, "hello", 5, 0);
+  if (what == "unlikely-flags") {
+    std::memset(static_cast<void*>(&message), 7, sizeof(message));
+    message.kind = thor::MessageKind::kParked;
+    thor::send_message(thor::kControlFd, message);
+  }
+  if (what == "pipes-that-wait") {
+    const std::array<int, 2> ends = pipe_that_waits();
+    static_cast<void>(::write(ends[1], "one byte", 8));
+    say_parked(ends[0]);
+    sleep_on();
+  }
+}
+
+// From here on system calls fail: "NUMBER ERRNO [ARGUMENT MASK VALUE]...", more after a semicolon.
+// A call fails if the low half of each argument, masked, has its value.
+void deny(const std::string& rules) {
+  std::vector<sock_filter> program;
+  const auto add = [&](unsigned code, unsigned value, unsigned otherwise = 0) {
+    program.push_back(
+        {static_cast<unsigned short>(code), 0, static_cast<unsigned char>(otherwise), value});
+  };
+  std::istringstream all(rules);
+  for (std::string rule; std::getline(all, rule, ';');) {
+    std::istringstream text(rule);
+    unsigned number = 0;
+    unsigned error = 0;
+    text >> number >> error;
+    std::vector<std::array<unsigned, 3>> arguments;
+    for (std::array<unsigned, 3> one{}; text >> one[0] >> one[1] >> one[2];) {
+      arguments.push_back(one);
+    }
+    const auto rest = static_cast<unsigned>(arguments.size()) * 3 + 1;
+    add(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr));
+    add(BPF_JMP | BPF_JEQ | BPF_K, number, rest);
+    for (unsigned i = 0; i < arguments.size(); ++i) {
+      const auto [argument, mask, value] = arguments[i];
+      add(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args) + argument * 8);
+      add(BPF_ALU | BPF_AND | BPF_K, mask);
+      add(BPF_JMP | BPF_JEQ | BPF_K, value, rest - (i + 1) * 3);
+    }
+    add(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | error);
+  }
+  add(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+  const sock_fprog filter{static_cast<unsigned short>(program.size()), program.data()};
+  if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 ||
+      ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) != 0) {
+    std::cerr << "denying " << rules << " failed\n";
+    ::_exit(1);
+  }
 }
 
 bool named(const char* variable, const char* tier) {
@@ -275,7 +348,13 @@ thor::JailSpec jail_spec() {
   for (const char* path : {"/usr", "/lib", "/lib64"}) {
     if (std::filesystem::exists(path)) spec.readonly_paths.emplace_back(path);
   }
-  if (const char* more = std::getenv("STUB_READONLY")) spec.readonly_paths.emplace_back(more);
+  if (const char* more = std::getenv("STUB_READONLY")) {
+    if (more == std::string("none")) {
+      spec.readonly_paths.clear();
+    } else {
+      spec.readonly_paths.emplace_back(more);
+    }
+  }
   if (std::getenv("STUB_LAYERS") != nullptr) spec.required_layers = 0;
   if (const char* group = std::getenv("STUB_CGROUP")) {
     spec.memory_cgroup = true;
@@ -295,6 +374,7 @@ int main(int argc, char** argv) {
   if (named("STUB_HANG", tier)) sleep_on();
   std::thread idle;
   if (std::getenv("STUB_THREAD") != nullptr) idle = std::thread(&sleep_on);
+  if (const char* rules = std::getenv("STUB_DENY")) deny(rules);
   const auto nothing = [](void* /*context*/) {};
   thor::serve_template(thor::kControlFd, jail_spec(),
                        {.context = nullptr,
