@@ -275,9 +275,12 @@ print('main', end=' ')
             {"timeout_s": float("inf")},
             {"timeout_s": float("nan")},
             {"timeout_s": 1e12},
+            {"timeout_s": 1e300},
             {"cpu_s": -1.0},
+            {"cpu_s": float("inf")},
             {"memory_bytes": 0},
             {"max_output_bytes": 2**70},
+            {"max_processes": 2**32},
         ],
     )
     def test_senseless_limits_are_refused(self, sandbox: Sandbox, limits: dict[str, float]) -> None:

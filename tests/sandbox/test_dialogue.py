@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import math
 import time
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from thor_fast.errors import SandboxError
 from thor_fast.sandbox import ExecutionRequest, NativeSandbox, Status
+from thor_fast.sandbox.session import block_result
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -259,6 +264,37 @@ for text in (b'x', b'[]', b'["block", 0, false]', b'[' * 5000, b'["rewound", 1]'
                 ), result
             session.execute("import os; os.close(3)")
     assert sandbox.execute("print(1)").stdout == "1\n"
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda values: st.lists(values, max_size=5),
+    max_leaves=8,
+)
+_ANSWERS = st.binary(max_size=100) | st.tuples(
+    st.sampled_from(["block", "gone", "refused", "unknown"]), _JSON, st.booleans() | _JSON, _JSON
+).flatmap(lambda parts: st.integers(1, 4).map(lambda length: json.dumps(parts[:length]).encode()))
+
+
+@given(_ANSWERS)
+@example(b'["gone", 127, false]')  # of a process that is stopped, not over
+@example(b'["gone", %d, true]' % 10**30)
+@example(b'["block", 0, false, %d]' % 10**400)
+@example(b'["block", 0, false, NaN]')
+@example(b'["block", -3, false, 0.5]')
+def test_no_answer_makes_a_session_raise(reply: bytes) -> None:
+    done = (1, "ok", b"", b"", -1, 0, 0.1, 0.0, 0, False, {}, reply, "")
+    result, _ = block_result(done)
+    assert result.exit_code is None or 0 <= result.exit_code < 256
+    assert 0 <= result.cpu_s < math.inf
+    assert result.signal is None or 0 < result.signal < 128
+
+
+@pytest.mark.parametrize("life_s", [0, -1.0, 1e300, float("inf"), float("nan")])
+def test_senseless_lives_are_refused(sandbox: NativeSandbox, life_s: float) -> None:
+    for request in (ExecutionRequest(""), ExecutionRequest("", cpu_s=1)):
+        with pytest.raises(ValueError, match="life_s is .*, expected > 0 and at most"):
+            sandbox.session(request, life_s=life_s)
 
 
 def test_async_sessions(sandbox: NativeSandbox) -> None:

@@ -16,7 +16,6 @@ from thor_fast.sandbox.tiers import (
     choose_tier,
     default_tiers,
     imported_packages,
-    packages_without_tier,
 )
 
 TIERS = (
@@ -171,9 +170,3 @@ def test_five_megabytes_of_anything(text: str) -> None:
     code = text * (5_000_000 // len(text))
     assert chosen(code) == "bare"
     assert chosen(f"{code}\nimport sympy") == "science"
-
-
-def test_packages_without_tier_are_told() -> None:
-    code = "import numpy, networkx.algorithms\nfrom ortools.sat import x\nimport math"
-    assert packages_without_tier(code, TIERS) == {"networkx", "ortools"}
-    assert packages_without_tier("import numpy", ()) == {"numpy"}

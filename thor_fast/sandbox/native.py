@@ -29,6 +29,7 @@ from thor_fast.sandbox.wire import (
     Determinism,
     Mode,
     SandboxLimits,
+    check_limits,
     decode_result,
     encode_limits,
     encode_request,
@@ -95,6 +96,7 @@ class NativeSandbox(ClosedOnExit):
         slots = len(os.sched_getaffinity(0)) if slots is None else slots
         if slots < 1:
             raise ValueError(f"slots is {slots}, expected >= 1")
+        check_limits(startup_timeout_s=startup_timeout_s)
         cgroups = _core.CgroupPool()
         inside = check_layers(required, cgroups)
         self._memory_cgroup = cgroups.granted

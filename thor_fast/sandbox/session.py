@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import weakref
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from thor_fast.sandbox.dialogue import Host
     from thor_fast.types import ExecutionRequest
 
-__all__ = ["Session", "open_session"]
+__all__ = ["Session", "block_result", "open_session"]
+
+_EXIT_CODES = 1 << 8
+_WAIT_STATUSES = 1 << 16
 
 # For the process that watches a block's clock to say that its time is up, before the whole session
 # is ended (guest/router.py needs at most half of it).
@@ -224,24 +228,26 @@ class Session(ClosedOnExit):
             yield _Block(Step(data, limits, tree.code), state)
 
     def _conclude(self, block: _Block, done: Completion) -> ExecutionResult:
-        result, goes_on = _block_result(done)
+        result, goes_on = block_result(done)
         if block.state is not None and goes_on:
             self._state = block.state
         return result
 
 
-def _block_result(done: Completion) -> tuple[ExecutionResult, bool]:
-    """And whether there is a state after it."""
+def block_result(done: Completion) -> tuple[ExecutionResult, bool]:
+    """And whether there is a state after it. No answer of a hostile block makes this raise."""
     result = decode_result(done)
     match decode_reply(done):
         case None:
             return result, False
-        case ("block", int(exit_code), bool(out_of_memory), int() | float() as cpu_s):
+        case ("block", int(exit_code), bool(out_of_memory), float(cpu_s)) if (
+            0 <= exit_code < _EXIT_CODES and 0 <= cpu_s < math.inf
+        ):
             status = result.status if exit_code == 0 else Status.ERROR
             if out_of_memory:
                 status = Status.MEMORY
-            return replace(result, status=status, exit_code=exit_code, cpu_s=float(cpu_s)), True
-        case ("gone", int(wait_status), bool(timed_out)):
+            return replace(result, status=status, exit_code=exit_code, cpu_s=cpu_s), True
+        case ("gone", int(wait_status), bool(timed_out)) if _is_wait_status(wait_status):
             return _result_of_gone(result, wait_status, timed_out=timed_out), False
         case ("refused", str(reason)):
             why = f"the block was not run: {reason}; each kept state counts towards max_processes"
@@ -250,6 +256,11 @@ def _block_result(done: Completion) -> tuple[ExecutionResult, bool]:
         case _:
             return replace(result, status=Status.ERROR), False
     return replace(result, status=Status.INFRA, error=why), False
+
+
+def _is_wait_status(number: int) -> bool:
+    """Of a process that is over; the snippet could have written any other."""
+    return 0 <= number < _WAIT_STATUSES and (os.WIFEXITED(number) or os.WIFSIGNALED(number))
 
 
 def _result_of_gone(

@@ -15,9 +15,9 @@ from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["Tier", "choose_tier", "default_tiers", "imported_packages", "packages_without_tier"]
+__all__ = ["Tier", "choose_tier", "default_tiers", "imported_packages"]
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,3 @@ def choose_tier(code: str, tiers: Sequence[Tier]) -> int:
     packages = imported_packages(code)
     held = [len(packages & tier.packages) for tier in tiers]
     return held.index(max(held))
-
-
-def packages_without_tier(code: str, tiers: Iterable[Tier]) -> set[str]:
-    """Top-level names that ``code`` imports and no tier holds: counted, they show what to add."""
-    return imported_packages(code).difference(*(tier.packages for tier in tiers))

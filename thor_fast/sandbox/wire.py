@@ -19,6 +19,7 @@ __all__ = [
     "Determinism",
     "Mode",
     "SandboxLimits",
+    "check_limits",
     "decode_reply",
     "decode_result",
     "encode_limits",
@@ -28,9 +29,10 @@ __all__ = [
 
 # The newest format that every supported interpreter reads and writes.
 _MARSHAL_VERSION = 4
-# The core counts nanoseconds and bytes in 64 bits; nobody needs what lies near that.
+# The core counts nanoseconds and bytes in 64 bits, processes in 32; nobody needs what is near that.
 _MOST_SECONDS = 10**9
-_MOST_COUNT = 2**50
+_MOST_BYTES = 2**50
+_MOST_COUNT = 2**31 - 1
 # Half of the working directory's tmpfs, which the snippet needs room in too.
 _MOST_FILE_BYTES = 32 << 20
 # csrc/core/protocol.h and collect.h: what fits one message and one page.
@@ -55,7 +57,7 @@ class SandboxLimits:
     max_processes: int = 32
 
     def __post_init__(self) -> None:
-        _check_limits(
+        check_limits(
             timeout_s=self.timeout_s,
             cpu_s=self.cpu_s,
             memory_bytes=self.memory_bytes,
@@ -98,6 +100,7 @@ def encode_request(
     if not isinstance(request.code, str):
         raise TypeError(f"code is {type(request.code).__name__}, expected str")
     stdin = request.stdin
+    check_limits(life_s=life_s)  # before others: a session's cpu_s may come from it
     fixed = None if determinism is None else (determinism.seed, determinism.now)
     # A file may begin with a byte-order mark; text that is compiled may not.
     code = request.code.removeprefix("\ufeff")
@@ -122,7 +125,7 @@ def encode_limits(request: ExecutionRequest, defaults: SandboxLimits) -> _core.L
     }
     if limits["cpu_s"] is None:
         limits["cpu_s"] = limits["timeout_s"]
-    _check_limits(**limits)
+    check_limits(**limits)
     return _core.Limits(**limits)
 
 
@@ -165,11 +168,18 @@ def decode_reply(done: Completion) -> tuple[object, ...] | None:
     return tuple(answer) if isinstance(answer, list) and answer else ("garbled",)
 
 
-def _check_limits(**limits: float | None) -> None:
+def check_limits(**limits: float | None) -> None:
+    """By name, whose ending tells the unit: seconds, bytes or a count.
+
+    Raises ``TypeError`` or ``ValueError`` for what the core has no room for.
+    """
     for name, value in limits.items():
         if value is None:
             continue
-        kind, most = ((int, float), _MOST_SECONDS) if name.endswith("_s") else (int, _MOST_COUNT)
+        kind: type | tuple[type, ...] = int
+        most = _MOST_BYTES if name.endswith("_bytes") else _MOST_COUNT
+        if name.endswith("_s"):
+            kind, most = (int, float), _MOST_SECONDS
         if isinstance(value, bool) or not isinstance(value, kind):
             expected = "a whole number" if kind is int else "a number"
             raise TypeError(f"{name} is {value!r}, expected {expected}")
