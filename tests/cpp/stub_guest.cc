@@ -323,7 +323,7 @@ void deny(const std::string& rules) {
     add(BPF_JMP | BPF_JEQ | BPF_K, number, rest);
     for (unsigned i = 0; i < arguments.size(); ++i) {
       const auto [argument, mask, value] = arguments[i];
-      add(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, args) + argument * 8);
+      add(BPF_LD | BPF_W | BPF_ABS, unsigned{offsetof(seccomp_data, args)} + argument * 8);
       add(BPF_ALU | BPF_AND | BPF_K, mask);
       add(BPF_JMP | BPF_JEQ | BPF_K, value, rest - (i + 1) * 3);
     }

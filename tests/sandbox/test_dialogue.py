@@ -293,7 +293,7 @@ def test_no_answer_makes_a_session_raise(reply: bytes) -> None:
 @pytest.mark.parametrize("life_s", [0, -1.0, 1e300, float("inf"), float("nan")])
 def test_senseless_lives_are_refused(sandbox: NativeSandbox, life_s: float) -> None:
     for request in (ExecutionRequest(""), ExecutionRequest("", cpu_s=1)):
-        with pytest.raises(ValueError, match="life_s is .*, expected > 0 and at most"):
+        with pytest.raises(ValueError, match=r"life_s is .*, expected > 0 and at most"):
             sandbox.session(request, life_s=life_s)
 
 

@@ -427,7 +427,7 @@ def test_bad_set_up_is_one_clear_error() -> None:
     with pytest.raises(ValueError, match="slots is 0, expected >= 1"):
         NativeSandbox(slots=0)
     for senseless in (0, -1.0, 1e300, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="startup_timeout_s is .*, expected > 0"):
+        with pytest.raises(ValueError, match=r"startup_timeout_s is .*, expected > 0"):
             NativeSandbox(startup_timeout_s=senseless)
     with pytest.raises(ValueError, match="timeout_s is 0, expected > 0"):
         SandboxLimits(timeout_s=0)
