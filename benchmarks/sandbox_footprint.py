@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -58,10 +59,10 @@ def footprint(mark: str) -> Footprint:
 
 def control_groups(owner: int) -> list[Path]:
     """Directories of the sandboxes of process ``owner``, in any hierarchy; csrc/core/cgroup.h."""
-    roots = Path("/sys/fs/cgroup").glob(f"**/thor-*-{owner}-*")
-    return [
-        path for root in roots if root.is_dir() for path in (root, *root.iterdir()) if path.is_dir()
-    ]
+    pool = re.compile(rf"/thor-\d+-{owner}-\d+-\d+(/|$)")
+    # os.walk() does not mind that others' groups go while it looks.
+    places = (Path(parent) for parent, _, _ in os.walk("/sys/fs/cgroup"))
+    return [place for place in places if pool.search(str(place))]
 
 
 def _is_zombie(pid: int) -> bool:

@@ -28,7 +28,7 @@ from thor_fast.sandbox import ExecutionRequest, NativeSandbox, Status
 
 _RESULTS = Path(__file__).parent / "results" / "sandbox_soak.jsonl"
 _MARK = f"soak-{os.getpid()}-"
-_SETTLE_S = 30.0
+_SETTLE_S = 120.0
 _WARM_UP_ROUNDS = 2  # until allocators and jails have reached what they need
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import signal
+from collections.abc import Awaitable, Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
+
+# How long an example takes is the machine's affair, not the test's.
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 CORPUS = [
     "Let me compute.\n```python\nprint(6*7)\n```\n\nSo the answer is \\boxed{42}.<|im_end|>",
@@ -69,14 +75,22 @@ def fake_sandbox() -> type[FakeSandbox]:
 
 @pytest.fixture(scope="session")
 def until() -> Callable[[Callable[[], object]], Awaitable[None]]:
-    """Waits for a condition to hold, five seconds at most."""
+    """Waits for a condition to hold, a minute at most."""
 
     async def wait(condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not condition():  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0.001)
 
     return wait
+
+
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """SIGINT as on a terminal: what a shell starts in the background ignores it, children too."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 def _byte_level(vocab_size: int, *, use_regex: bool):

@@ -13,7 +13,9 @@
 namespace thor {
 namespace {
 
-constexpr std::chrono::milliseconds kKillGrace{500};  // for a zygote to empty its namespace
+// For a zygote to empty its namespace, on a machine whose CPUs are taken or with gigabytes to free:
+// given up, the snippet's usage and files are lost.
+constexpr std::chrono::milliseconds kKillGrace{2'000};
 // Pipes are watched once a snippet has run this long: most are over by then, and what they wrote
 // fits a pipe.
 constexpr std::chrono::milliseconds kUnwatched{10};

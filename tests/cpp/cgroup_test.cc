@@ -11,15 +11,15 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
 #include <memory>
 #include <system_error>
-#include <thread>
 #include <utility>
+
+#include "stub_sandbox.h"
 
 namespace thor {
 namespace {
@@ -243,14 +243,6 @@ std::string members(const std::string& group) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-bool holds_within_5_s(const std::function<bool()>& condition) {
-  for (int i = 0; i < 1'000; ++i) {
-    if (condition()) return true;
-    std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  }
-  return false;
-}
-
 class RealCgroup : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -294,7 +286,7 @@ TEST_F(RealCgroup, TheLimitIsTheTreesNotTheProcesss) {
   });
   ASSERT_FALSE(jail.attach(child.pid()));
   child.go();
-  EXPECT_TRUE(holds_within_5_s([&] { return jail.oom_kills().value_or(0) > 0; }));
+  EXPECT_TRUE(holds_soon([&] { return jail.oom_kills().value_or(0) > 0; }));
   EXPECT_FALSE(jail.kill_all());
   EXPECT_EQ(members(jail.path()), "");
 }
@@ -338,7 +330,7 @@ TEST_F(RealCgroup, KillAllReachesWhoLeftTheSession) {
   });
   ASSERT_FALSE(jail.attach(child.pid()));
   child.go();
-  EXPECT_TRUE(holds_within_5_s([&] {
+  EXPECT_TRUE(holds_soon([&] {
     const std::string pids = members(jail.path());
     return std::count(pids.begin(), pids.end(), '\n') == 3;
   }));
@@ -393,7 +385,7 @@ TEST_F(RealCgroup, AWriterOfZeroAttachesItself) {
   });
   child.go();
   EXPECT_TRUE(
-      holds_within_5_s([&] { return members(jail.path()) == std::to_string(child.pid()) + "\n"; }));
+      holds_soon([&] { return members(jail.path()) == std::to_string(child.pid()) + "\n"; }));
 }
 
 TEST_F(RealCgroup, ThePoolsEndKillsWhatWasForgotten) {

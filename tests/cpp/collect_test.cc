@@ -55,7 +55,7 @@ TEST(Collect, AlsoFromSnippetsThatFailOrAreKilled) {
     ask(orchestrator, dialogue, "write mine kept");
     const Result result =
         ask(orchestrator, dialogue, std::string(ending) == "exit 1" ? "leave" : ending,
-            milliseconds(300));
+            milliseconds(std::string(ending) == "spin" ? 300 : 20'000));
     EXPECT_EQ(result.files, (Files{{"mine", "kept"}})) << ending;
     orchestrator.close_dialogue(dialogue);
   }

@@ -46,10 +46,11 @@ TEST(Dialogue, AProcessThatEndsInAStepEndsTheDialogue) {
                                                    {"spin", Status::kTimeout},
                                                    {"flood 1000000", Status::kOutput},
                                                    {"hang-up", Status::kTimeout}}) {
+    const bool never_ends = status == Status::kTimeout;
     const std::uint64_t dialogue = orchestrator.open_dialogue(opening());
     EXPECT_EQ(ask(orchestrator, dialogue, "say hi").reply, "hi");
     auto sink = std::make_shared<CompletionQueue>();
-    const Limits limits = command("", milliseconds(300)).limits;
+    const Limits limits = command("", milliseconds(never_ends ? 300 : 20'000)).limits;
     orchestrator.step(dialogue, step, limits, 0, sink);
     orchestrator.step(dialogue, "say never", limits, 0, sink);
     const std::vector<Completion> done = await(*sink, 2);

@@ -81,7 +81,7 @@ TEST(Start, OneTierAfterAnotherIsReplaced) {
 
 TEST(Start, ATierThatHangsIsReplacedToo) {
   OrchestratorConfig config = with("STUB_HANG=second");
-  config.startup_timeout = milliseconds(500);
+  config.startup_timeout = std::chrono::seconds(5);  // the first tier's and its jail's, too
   config.tiers.pop_back();
   Orchestrator orchestrator(config);
   auto sink = std::make_shared<CompletionQueue>();

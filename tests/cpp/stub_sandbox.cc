@@ -127,11 +127,12 @@ StubProcesses stub_processes() {
 }
 
 bool holds_soon(const std::function<bool()>& condition) {
-  for (int i = 0; i < 6'000; ++i) {
-    if (condition()) return true;
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::minutes(1);
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > deadline) return false;
     std::this_thread::sleep_for(milliseconds(5));
   }
-  return false;
+  return true;
 }
 
 }  // namespace thor

@@ -44,6 +44,7 @@ struct StubProcesses {
 };
 StubProcesses stub_processes();
 
+// Within a minute; what takes a fast machine milliseconds may take a loaded one seconds.
 bool holds_soon(const std::function<bool()>& condition);
 
 }  // namespace thor

@@ -126,7 +126,7 @@ def hanging() -> Iterator[FusionServer]:
     over = threading.Event()
 
     def answer(_: dict[str, Any]) -> tuple[int, Any]:
-        over.wait(30)
+        over.wait(300)
         return finished()({})
 
     with serving(answer) as server:

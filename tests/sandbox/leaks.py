@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ __all__ = [
     "is_alive",
     "is_guest",
     "mounts",
+    "named",
     "processes_of",
     "roles",
 ]
@@ -64,7 +67,7 @@ def is_alive(process: Process) -> bool:
     return now is not None and now.started == process.started
 
 
-def assert_ended(processes: set[Process], within_s: float = 20.0) -> None:
+def assert_ended(processes: set[Process], within_s: float = 60.0) -> None:
     """Polls, because the kernel tears namespaces down in its own time."""
     deadline = time.monotonic() + within_s
     while any(map(is_alive, processes)) and time.monotonic() < deadline:
@@ -94,6 +97,20 @@ def roles(owner: int, other_templates: Collection[int] = ()) -> Roles:
     return Roles(templates, zygotes, children_of(zygotes))
 
 
+def named(owner: int, name: str) -> list[int]:
+    """Pids below ``owner`` of that name, of 15 characters at most; a snippet gives itself one with
+    ``ctypes.CDLL(None).prctl(15, name)`` to show how far it is.
+    """
+    return [p.pid for p in processes_of(owner) if p.state != "Z" and _name(p.pid) == name]
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().removesuffix("\n")
+    except OSError:  # it ended while we looked
+        return ""
+
+
 def is_guest(pid: int) -> bool:
     """Whether it is a template, or a fork of one that has not been replaced by another program."""
     try:
@@ -104,7 +121,15 @@ def is_guest(pid: int) -> bool:
 
 def control_groups(owner: int) -> list[Path]:
     """The pools of process ``owner`` in any hierarchy; csrc/core/cgroup.h has their names."""
-    return [path for path in Path("/sys/fs/cgroup").glob(f"**/thor-*-{owner}-*") if path.is_dir()]
+    here = Path("/proc/self/ns/pid").stat().st_ino
+    pool = re.compile(rf"thor-{here}-{owner}-\d+-\d+")
+    # os.walk() does not mind that others' groups go while it looks.
+    return [
+        Path(parent, name)
+        for parent, names, _ in os.walk("/sys/fs/cgroup")
+        for name in names
+        if pool.fullmatch(name)
+    ]
 
 
 def host_files(mark: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -11,6 +12,8 @@ import threading
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +27,7 @@ from .leaks import (
     host_files,
     is_alive,
     mounts,
+    named,
     processes_of,
     roles,
 )
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from thor_fast.types import ExecutionResult
 
 SLOTS = 2
+NAMES = (f"chaos-{n}" for n in itertools.count())
 
 
 class Victim:
@@ -41,20 +46,26 @@ class Victim:
 
     def __init__(self) -> None:
         self._others = roles(os.getpid()).templates
-        self.sandbox = NativeSandbox(slots=SLOTS, startup_timeout_s=30)
+        self.sandbox = NativeSandbox(slots=SLOTS)
 
     def roles(self) -> Roles:
         return roles(os.getpid(), self._others)
 
     def until(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline, (self.roles(), self.sandbox.stats())
             time.sleep(0.005)
 
-    def until_running(self) -> None:
-        self.until(lambda: self.sandbox.stats()["running"] > 0)
-        time.sleep(0.1)  # until the child has left its zygote's code
+    def until_asleep(self, sleeper: Sleeper) -> int:
+        """Wait until the snippet sleeps, in its own code; its pid."""
+        self.until(lambda: named(os.getpid(), sleeper.name))
+        (pid,) = named(os.getpid(), sleeper.name)
+        return pid
+
+    def until_idle(self) -> None:
+        """Wait until each jail has its parked child."""
+        self.until(lambda: len(self.roles().children) == self.sandbox.stats()["jails"])
 
 
 @pytest.fixture
@@ -90,7 +101,19 @@ def in_background(call: Callable[[], ExecutionResult]) -> Callable[[], Execution
     return wait
 
 
-SLEEP = "import time; time.sleep(600)"
+class Sleeper:
+    """A snippet that says when it has begun to sleep, and sleeps until it gets SIGUSR1."""
+
+    def __init__(self) -> None:
+        self.name = next(NAMES)
+        self.code = f"""
+import ctypes, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+ctypes.CDLL(None).prctl(15, {self.name.encode()})
+signal.sigwait([signal.SIGUSR1])
+print('woken')
+"""
+        self.request = ExecutionRequest(self.code, timeout_s=600)
 
 
 # --- in mid-batch --------------------------------------------------------------------------------
@@ -141,8 +164,9 @@ def test_kills_in_mid_batch(victim: Victim, role: str) -> None:
 def test_all_at_once_is_survived(victim: Victim) -> None:
     """The zygotes first: whoever is given a request between the kills did not start it."""
     for _ in range(3):
-        wait = in_background(lambda: victim.sandbox.execute(SLEEP))
-        victim.until_running()
+        sleeper = Sleeper()
+        wait = in_background(partial(victim.sandbox.execute, sleeper.request))
+        victim.until_asleep(sleeper)
         found = victim.roles()
         send(found.children + found.zygotes + found.templates, signal.SIGKILL)
         result = wait()
@@ -153,18 +177,18 @@ def test_all_at_once_is_survived(victim: Victim) -> None:
 @pytest.mark.parametrize("role", ["templates", "zygotes", "children"])
 def test_an_idle_process_is_replaced_unnoticed(victim: Victim, role: str) -> None:
     victim.sandbox.execute_batch(["print(1)"] * 4)
-    before = victim.roles()
-    send(getattr(before, role), signal.SIGKILL)
-    victim.until(lambda: not set(getattr(victim.roles(), role)) & set(getattr(before, role)))
+    victim.until_idle()
+    send(getattr(victim.roles(), role), signal.SIGKILL)
+    victim.until(lambda: victim.sandbox.stats()["jails"] == 0)
     results = victim.sandbox.execute_batch(["print(2)"] * 4)
     assert [(r.status, r.stdout) for r in results] == [(Status.OK, "2\n")] * 4
 
 
 def test_a_killed_child_is_the_snippets_own_death(victim: Victim) -> None:
     """From outside or by its own hand: the kernel says the same."""
-    wait = in_background(lambda: victim.sandbox.execute(SLEEP))
-    victim.until_running()
-    send(victim.roles().children, signal.SIGKILL)
+    sleeper = Sleeper()
+    wait = in_background(lambda: victim.sandbox.execute(sleeper.request))
+    send([victim.until_asleep(sleeper)], signal.SIGKILL)
     result = wait()
     assert (result.status, result.signal) == (Status.ERROR, signal.SIGKILL)
 
@@ -174,10 +198,12 @@ def test_a_killed_child_is_the_snippets_own_death(victim: Victim) -> None:
 
 @pytest.mark.parametrize("role", ["zygotes", "children"])
 def test_a_stopped_process_costs_its_snippets_time_limit(victim: Victim, role: str) -> None:
-    request = ExecutionRequest("import time; time.sleep(0.3); print(1)", timeout_s=1.5)
+    sleeper = Sleeper()
+    request = ExecutionRequest(sleeper.code, timeout_s=5)
     wait = in_background(lambda: victim.sandbox.execute(request))
-    victim.until_running()
+    child = victim.until_asleep(sleeper)
     send(getattr(victim.roles(), role), signal.SIGSTOP)
+    send([child], signal.SIGUSR1)  # what would have ended it
     result = wait()
     assert result.status is Status.TIMEOUT
     assert victim.sandbox.stats()["running"] == 0
@@ -209,8 +235,9 @@ def test_a_stopped_template_stops_neither_jails_nor_close() -> None:
 def test_a_session_ends_and_the_next_one_works(victim: Victim, role: str, rewindable: bool) -> None:
     with victim.sandbox.session(rewindable=rewindable) as session:
         assert session.execute("x = 1").status is Status.OK
-        wait = in_background(lambda: session.execute(SLEEP))
-        victim.until_running()
+        sleeper = Sleeper()
+        wait = in_background(lambda: session.execute(sleeper.code, timeout_s=600))
+        victim.until_asleep(sleeper)
         send(getattr(victim.roles(), role), signal.SIGKILL)
         assert wait().status in (Status.INFRA, Status.ERROR)
         after = session.execute("print(x)")
@@ -236,9 +263,10 @@ def test_an_idle_session_is_told_with_its_next_block(victim: Victim, role: str) 
 
 @pytest.mark.parametrize("role", ["templates", "zygotes"])
 def test_a_stream_is_answered_once(victim: Victim, role: str) -> None:
-    with victim.sandbox.open() as block:
-        block.feed("import time\nprint(1)\ntime.sleep(600)\n")
-        victim.until_running()
+    sleeper = Sleeper()
+    with victim.sandbox.open(ExecutionRequest("", timeout_s=600)) as block:
+        block.feed(f"print(1)\n{sleeper.code}print(1)\n")
+        victim.until_asleep(sleeper)
         send(getattr(victim.roles(), role), signal.SIGKILL)
         block.feed("print(2)\n")
         result = block.finish()
@@ -248,17 +276,21 @@ def test_a_stream_is_answered_once(victim: Victim, role: str) -> None:
 # --- the owner -----------------------------------------------------------------------------------
 
 DAEMON = """
-import os, time
+import ctypes, os, time
 for place in ("", "/tmp/", "/dev/shm/"):
     open(place + os.environ["MARK"], "w").write("x")
 if os.fork() == 0:
     os.setsid()
+    ctypes.CDLL(None).prctl(15, b"daemon")
 time.sleep(600)
 """
 
 OWNER = """
 import asyncio, os, signal, sys, threading, time
+sys.path.append(sys.argv[1])
+import leaks
 from thor_fast.sandbox import ExecutionRequest, NativeSandbox
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where our starter ignores it
 mark = f"chaos-{os.getpid()}"
 sandbox = NativeSandbox(slots=3)
 request = ExecutionRequest(DAEMON, timeout_s=900, files={mark: b"in"}, env={"MARK": mark})
@@ -268,20 +300,25 @@ session.execute("x = 1")
 stream = sandbox.open()
 stream.feed("print(1)\\n")
 threading.Thread(target=run, daemon=True).start()
-while sandbox.stats()["running"] < 3:
+while len(leaks.named(os.getpid(), "daemon")) < 3:
     time.sleep(0.01)
-time.sleep(0.2)
+FORK
 print("ready", flush=True)
 ENDING
 """
 WAIT = "time.sleep(600)"
-FORK = "if os.fork() == 0: signal.alarm(60); os.closerange(0, 3)\n"
+FORK = """
+if os.fork() == 0:
+    signal.alarm(250)
+    os.closerange(0, 3)
+    time.sleep(600)
+"""
 
 
-def start_owner(ending: str) -> subprocess.Popen[bytes]:
-    script = OWNER.replace("DAEMON", repr(DAEMON)).replace("ENDING", ending)
+def start_owner(ending: str, fork: str = "") -> subprocess.Popen[bytes]:
+    script = OWNER.replace("DAEMON", repr(DAEMON)).replace("FORK", fork).replace("ENDING", ending)
     owner = subprocess.Popen(
-        [sys.executable, "-P", "-c", script],
+        [sys.executable, "-P", "-c", script, Path(__file__).parent],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -292,36 +329,39 @@ def start_owner(ending: str) -> subprocess.Popen[bytes]:
 
 
 @pytest.mark.parametrize(
-    ("ending", "kill"),
+    ("ending", "fork", "kill"),
     [
-        ("", None),
-        ("raise RuntimeError('x')", None),
-        ("os._exit(3)", None),
-        ("os.abort()", None),
-        ("os.execv('/bin/sleep', ['sleep', '1'])", None),
-        ("threading.Thread(target=os._exit, args=(0,)).start()", None),
-        ("asyncio.run(sandbox.submit(request))", signal.SIGINT),
-        (WAIT, signal.SIGTERM),
-        (WAIT, signal.SIGKILL),
-        (FORK + WAIT, signal.SIGTERM),
-        (FORK + WAIT, signal.SIGKILL),
+        ("", "", None),
+        ("raise RuntimeError('x')", "", None),
+        ("os._exit(3)", "", None),
+        ("os.abort()", "", None),
+        ("os.execv('/bin/sleep', ['sleep', '1'])", "", None),
+        ("threading.Thread(target=os._exit, args=(0,)).start()", "", None),
+        ("asyncio.run(sandbox.submit(request))", "", signal.SIGINT),
+        (WAIT, "", signal.SIGTERM),
+        (WAIT, "", signal.SIGKILL),
+        (WAIT, FORK, signal.SIGTERM),
+        (WAIT, FORK, signal.SIGKILL),
     ],
 )
-def test_nothing_at_all_outlives_the_owner(ending: str, kill: signal.Signals | None) -> None:
+def test_nothing_at_all_outlives_the_owner(
+    ending: str, fork: str, kill: signal.Signals | None
+) -> None:
     before = mounts()
-    with start_owner(ending) as owner:
+    with start_owner(ending, fork) as owner:
         below = processes_of(owner.pid)
         templates = roles(owner.pid).templates
         forks = {p for p in below if p.parent == owner.pid and p.pid not in templates}
-        forks = forks if FORK in ending else set()  # without one it may have ended meanwhile
+        forks = forks if fork else set()  # without one it may have ended meanwhile
         try:
+            assert len(forks) == bool(fork)
             if kill is not None:
                 assert len(below) >= 10
                 owner.send_signal(kill)
             owner.wait(timeout=60)
             assert_ended(below - forks)
             assert all(map(is_alive, forks)), "it is the sandbox that ends, not the fork"
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while control_groups(owner.pid) and time.monotonic() < deadline:
                 time.sleep(0.02)
             assert control_groups(owner.pid) == []

@@ -76,7 +76,7 @@ def test_statements_run_while_the_text_still_comes(sandbox: NativeSandbox) -> No
     """The sleep of the first statement passes while the second is not there yet."""
     with sandbox.open() as block:
         block.feed("import time\ntime.sleep(0.5)\nprint('slept')\nx =")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while sandbox.stats()["completed"] < sandbox.stats()["submitted"]:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -87,12 +87,12 @@ def test_statements_run_while_the_text_still_comes(sandbox: NativeSandbox) -> No
 
 
 def test_a_streams_limits_are_those_of_its_statements(sandbox: NativeSandbox) -> None:
-    with sandbox.open(ExecutionRequest("", timeout_s=0.5)) as block:
+    with sandbox.open(ExecutionRequest("", timeout_s=2)) as block:
         block.feed("print('a')\nx = 1\n")
-        time.sleep(0.8)  # the model thinks; this is not the snippet's time
+        time.sleep(2.5)  # the model thinks; this is not the snippet's time
         block.feed("print('b')\n")
         assert block.finish().stdout == "a\nb\n"
-    spun = stream(sandbox, "print('a')\nwhile True: pass\nprint('b')\n", 5, timeout_s=0.3)
+    spun = stream(sandbox, "print('a')\nwhile True: pass\nprint('b')\n", 5, timeout_s=2)
     assert (spun.status, spun.stdout) == (Status.TIMEOUT, "a\n")
 
 
@@ -180,9 +180,9 @@ def test_endings_of_blocks(sandbox: NativeSandbox, rewindable: bool) -> None:
 def test_a_block_that_dies_leaves_the_state_before_it(
     sandbox: NativeSandbox, code: str, status: Status, signal: int | None
 ) -> None:
-    with sandbox.session(ExecutionRequest("", timeout_s=5), rewindable=True) as session:
+    with sandbox.session(ExecutionRequest("", timeout_s=60), rewindable=True) as session:
         session.execute("x = 'kept'")
-        died = session.execute("x = 'lost'\n" + code, timeout_s=1)
+        died = session.execute("x = 'lost'\n" + code, timeout_s=3)
         assert (died.status, died.signal) == (status, signal)
         assert session.execute("print(x)").stdout == "kept\n"
 
@@ -242,7 +242,7 @@ def test_number_and_life_are_limited() -> None:
 def test_a_time_limit_ends_a_session_that_keeps_no_states(sandbox: NativeSandbox) -> None:
     with sandbox.session() as session:
         session.execute("x = 1")
-        assert session.execute("while True: pass", timeout_s=0.3).status is Status.TIMEOUT
+        assert session.execute("while True: pass", timeout_s=1).status is Status.TIMEOUT
         assert session.execute("x").status is Status.INFRA
         with pytest.raises(SandboxError, match="keeps no states"):
             session.rewind()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +49,10 @@ def open_descriptors() -> int:
 
 
 def test_as_completed_gives_the_fast_one_first(sandbox: NativeSandbox) -> None:
-    requests = ["import time; time.sleep(1); print('slow')", "print('fast')"]
-    assert [i for i, _ in sandbox.as_completed(requests)] == [1, 0]
+    slow = ExecutionRequest("import time; time.sleep(600)", timeout_s=600)
+    results = sandbox.as_completed([slow, "print('fast')"])
+    assert next(results)[0] == 1
+    results.close()  # type: ignore[attr-defined]
     assert list(sandbox.as_completed([])) == []
 
 
@@ -76,13 +79,24 @@ def test_a_request_that_is_wrong_cancels_those_before_it(sandbox: NativeSandbox)
     assert sandbox.stats()["running"] == 0
 
 
-def test_the_highest_priority_goes_first_and_equals_keep_their_order(
+async def test_the_highest_priority_goes_first_and_equals_keep_their_order(
     single: NativeSandbox,
 ) -> None:
-    blocker = ExecutionRequest("import time; time.sleep(0.5)", priority=9)
+    order: list[int] = []
+
+    async def run(index: int, priority: int) -> None:
+        await single.submit(ExecutionRequest("pass", priority=priority))
+        order.append(index)
+
+    spin = ExecutionRequest("while True: pass", timeout_s=600, priority=2**31 - 1)
+    blocker = asyncio.create_task(single.submit(spin))
+    await asyncio.sleep(0)
     priorities = [0, -5, 7, 0, 7, 2**31 - 1, -(2**31) + 1]
-    requests = [ExecutionRequest("pass", priority=p) for p in priorities]
-    order = [i - 1 for i, _ in single.as_completed([blocker, *requests])][1:]
+    tasks = [asyncio.create_task(run(i, p)) for i, p in enumerate(priorities)]
+    await asyncio.sleep(0)
+    assert single.stats()["submitted"] == 1 + len(priorities)
+    blocker.cancel()
+    await asyncio.gather(*tasks)
     assert order == sorted(range(len(priorities)), key=lambda i: (-priorities[i], i))
 
 
@@ -117,15 +131,16 @@ async def test_cancelled_at_any_moment_every_slot_comes_back(sandbox: NativeSand
 
 async def test_a_full_queue_refuses_the_one_and_keeps_the_others() -> None:
     with NativeSandbox(slots=1, queue_capacity=3) as sandbox:
-        running = asyncio.create_task(sandbox.submit("import time; time.sleep(0.5)"))
+        spin = ExecutionRequest("while True: pass", timeout_s=600)
+        running = asyncio.create_task(sandbox.submit(spin))
         while not sandbox.stats()["running"]:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         waiting = [asyncio.create_task(sandbox.submit(f"print({i})")) for i in range(3)]
         await asyncio.sleep(0)
         with pytest.raises(SandboxError, match="queue holds 3 requests"):
             await sandbox.submit("print('one too many')")
+        running.cancel()
         assert [(await task).stdout for task in waiting] == ["0\n", "1\n", "2\n"]
-        assert (await running).status is Status.OK
 
 
 async def test_five_thousand_in_flight_from_one_loop(sandbox: NativeSandbox) -> None:
@@ -160,21 +175,28 @@ def test_loops_threads_and_iterators_at_once(sandbox: NativeSandbox) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=200)
     assert sorted(outputs) == [[f"{n}\n"] * 20 for n in range(9)]
 
 
 def test_ctrl_c_during_execute_frees_the_slots() -> None:
     script = """
-import os, signal, threading
+import os, signal, threading, time
 from thor_fast.sandbox import ExecutionRequest, NativeSandbox
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where our starter ignores it
+
+def interrupt(running, queued):
+    while [sandbox.stats()[name] for name in ("running", "queued")] != [running, queued]:
+        time.sleep(0.01)
+    time.sleep(0.2)  # submitted is not yet waited for
+    os.kill(os.getpid(), signal.SIGINT)
+
 with NativeSandbox(slots=2) as sandbox:
     spin = ExecutionRequest("while True: pass", timeout_s=600)
-    for call in (lambda: sandbox.execute(spin), lambda: sandbox.execute_batch([spin] * 20)):
-        timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
+    for count, expected in ((1, (1, 0)), (20, (2, 18))):
         try:
-            call()
+            threading.Thread(target=interrupt, args=expected).start()
+            sandbox.execute_batch([spin] * count)
         except KeyboardInterrupt:
             stats = sandbox.stats()
             print(stats["running"], stats["queued"], sandbox.execute("print('next')").stdout)
@@ -183,7 +205,7 @@ with NativeSandbox(slots=2) as sandbox:
         [sys.executable, "-P", "-c", script],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "0 0 next\n\n" * 2), done.stderr
@@ -225,7 +247,7 @@ def test_files_are_collected_however_it_ended(
     sandbox: NativeSandbox, ending: str, status: Status
 ) -> None:
     code = f"open('a', 'w').write('kept')\n{ending}"
-    result = sandbox.execute(ExecutionRequest(code, collect=("a", "b"), timeout_s=0.5))
+    result = sandbox.execute(ExecutionRequest(code, collect=("a", "b"), timeout_s=3))
     assert (result.status, result.files) == (status, {"a": b"kept"})
 
 
@@ -362,10 +384,17 @@ def test_a_signal_to_the_owner_is_not_the_snippets(sandbox: NativeSandbox) -> No
     """Ctrl-C goes to a terminal's whole foreground group; jails are sessions of their own."""
     handled = []
     previous = signal.signal(signal.SIGUSR1, lambda *_: handled.append(1))
+
+    def strike() -> None:
+        while not sandbox.stats()["running"]:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
     try:
-        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
-        timer.start()
+        striker = threading.Thread(target=strike)
+        striker.start()
         result = sandbox.execute("import time; time.sleep(0.6); print('done')")
+        striker.join()
     finally:
         signal.signal(signal.SIGUSR1, previous)
     assert (result.status, result.stdout, handled) == (Status.OK, "done\n", [1])

@@ -95,7 +95,7 @@ def attempts(refusal: str, *required: frozenset[str]) -> list[tuple[list[str] | 
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
     )
     if done.returncode == SKIPPED:
@@ -228,7 +228,7 @@ time.sleep(600)
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_memory_bombs_end_as_memory_without_groups(watched: NativeSandbox, bomb: str) -> None:
     assert "memory_cgroup" not in watched.layers
-    request = ExecutionRequest(BOMBS[bomb], memory_bytes=128 * MIB, timeout_s=20)
+    request = ExecutionRequest(BOMBS[bomb], memory_bytes=128 * MIB, timeout_s=200)
     result = watched.execute(request)
     assert result.status is Status.MEMORY, result
     assert watched.execute("print('next')").stdout == "next\n"
@@ -294,12 +294,12 @@ print(found)
 CASES: dict[str, tuple[str, dict[str, float], str, str]] = {
     "sum": ("print(6 * 7)", {}, "ok", "42\n"),
     "error": ("1 / 0", {}, "error", ""),
-    "loop": ("while True: pass", {"timeout_s": 0.3}, "timeout", ""),
+    "loop": ("while True: pass", {"timeout_s": 2}, "timeout", ""),
     "memory": ("bytearray(3 << 30)", {}, "memory", ""),
     "tree": (BOMBS["many processes"], {"memory_bytes": 128 * MIB}, "memory", ""),
     "output": ("print('x' * 5000)", {"max_output_bytes": 100}, "output", "x" * 50),
     "numpy": ("import numpy as np\nprint(np.arange(4).sum())", {}, "ok", "6\n"),
-    "forks": ("import os\nwhile True: os.fork()", {"timeout_s": 1, "max_processes": 8}, "", ""),
+    "forks": ("import os\nwhile True: os.fork()", {"timeout_s": 2, "max_processes": 8}, "", ""),
     "parent": ("import os\ntry: os.kill(1, 9)\nexcept OSError: pass\nprint(1)", {}, "ok", "1\n"),
     "all": ("import os\ntry: os.kill(-1, 9)\nexcept OSError: pass\nprint(1)", {}, "", ""),
     "zygote": (READ_ZYGOTE, {}, "ok", "[]\n"),

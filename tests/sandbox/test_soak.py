@@ -28,12 +28,12 @@ def accounting(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_nothing_grows_and_nothing_is_left(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     script = str(BENCHMARKS / "sandbox_soak.py")
-    limits = ("--requests", "3000", "--rounds", "10", "--seconds", "60", "--output", str(output))
+    limits = ("--requests", "2000", "--rounds", "10", "--seconds", "600", "--output", str(output))
     done = subprocess.run(
         [sys.executable, "-W", "error", script, *limits],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=850,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -41,7 +41,7 @@ def test_nothing_grows_and_nothing_is_left(tmp_path: Path) -> None:
     metrics: dict[str, Any] = json.loads(line)["metrics"]
     assert metrics["problems"] == []
     assert metrics["wrong"] == 0
-    assert metrics["answered"] == sum(metrics["kinds"].values()) >= 1500
+    assert metrics["answered"] == sum(metrics["kinds"].values()) >= 2000
     assert set(metrics["kinds"]) >= {"trivial", "files", "daemon", "stream", "session", "numpy"}
     assert metrics["stats"]["jails_discarded"] >= metrics["kinds"]["files"]
     assert "fitted growth" in done.stdout

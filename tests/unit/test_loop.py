@@ -181,16 +181,16 @@ async def test_max_tool_calls(episode, fake_sandbox) -> None:
 
 async def test_deadline_while_the_snippet_runs(episode, fake_sandbox) -> None:
     sandbox = fake_sandbox(delay_s=30)
-    t = await episode(CALL, limits=RolloutLimits(deadline_s=0.05), sandbox=sandbox)
+    t = await episode(CALL, limits=RolloutLimits(deadline_s=1), sandbox=sandbox)
     assert t.stop_reason is StopReason.DEADLINE
     assert (sandbox.cancelled, sandbox.running) == (1, 0)
     assert t.tool_calls[0].result is None
     assert episode.text(t.response_ids) == CALL
-    assert t.metrics["tool_s"] >= 0.04
+    assert 0 < t.metrics["tool_s"] < 30
 
 
 async def test_deadline_while_sampling_keeps_what_came(episode) -> None:
-    t = await episode("x" * 1000, limits=RolloutLimits(deadline_s=0.1), token_s=0.01)
+    t = await episode("x" * 1000, limits=RolloutLimits(deadline_s=1), token_s=0.1)
     assert t.stop_reason is StopReason.DEADLINE
     assert 0 < len(t.response_ids) < 20
     assert set(t.loss_mask[len(PROMPT) :]) == {1}

@@ -96,9 +96,13 @@ async def test_admission_follows_the_kv_budget(scheduler, max_live, peak) -> Non
 async def test_no_barrier(scheduler, fake_sandbox) -> None:
     """A slow snippet holds up its own episode and no other."""
 
+    others_ended = asyncio.Event()
+
     class Uneven(fake_sandbox):
         async def submit(self, request):
-            self.delay_s = 0.5 if request.code == "slow\n" else 0.0
+            if request.code == "slow\n":
+                async with asyncio.timeout(60):
+                    await others_ended.wait()
             return await super().submit(request)
 
     slow, fast = scheduler.script("```py\nslow\n```"), scheduler.script(CALL * 3)
@@ -107,19 +111,19 @@ async def test_no_barrier(scheduler, fake_sandbox) -> None:
     async with aclosing(scheduler(engine, Uneven()).as_completed(prompts(3))) as episodes:
         async for episode in episodes:
             ended.append(episode.prompt)
-            assert episode.prompt == 0 or episode.trajectory.metrics["episode_s"] < 0.4
+            if len(ended) == 2:
+                others_ended.set()
     assert ended == [1, 2, 0]
 
 
-async def test_rollouts_go_on_while_the_caller_looks_at_one(scheduler) -> None:
+async def test_rollouts_go_on_while_the_caller_looks_at_one(scheduler, until) -> None:
     engine = ScriptedEngine(
         {p.token_ids: [scheduler.script("x")] for p in prompts(4)}, max_sequences=1
     )
     maker = scheduler(engine)
     async with aclosing(maker.as_completed(prompts(4))) as episodes:
         await anext(episodes)
-        await asyncio.sleep(0.1)
-        assert len(maker.finished) == 4
+        await until(lambda: len(maker.finished) == 4)
 
 
 async def test_leaving_early_cancels_the_rest(scheduler, fake_sandbox) -> None:
@@ -149,14 +153,20 @@ async def test_cancelling_keeps_what_had_finished(scheduler, fake_sandbox, until
     assert no_tasks_left()
 
 
-def test_ctrl_c_shuts_down_cleanly(scheduler, fake_sandbox) -> None:
-    sandbox = fake_sandbox(delay_s=60)
+@pytest.mark.usefixtures("heeds_ctrl_c")
+def test_ctrl_c_shuts_down_cleanly(scheduler, fake_sandbox, until) -> None:
+    sandbox = fake_sandbox(delay_s=600)
     engine = ScriptedEngine({(100,): [scheduler.script("x")], (101,): [scheduler.script(CALL)]})
     maker = scheduler(engine, sandbox)
 
+    async def interrupt() -> None:
+        await until(lambda: sandbox.running and maker.finished)
+        signal.raise_signal(signal.SIGINT)
+
     async def main() -> None:
-        asyncio.get_running_loop().call_later(0.1, signal.raise_signal, signal.SIGINT)
+        interruption = asyncio.create_task(interrupt())
         await maker.run(prompts(2))
+        await interruption
 
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())
