@@ -308,12 +308,7 @@ CASES: dict[str, tuple[str, dict[str, float], str, str]] = {
     "write": ("open('/usr/x', 'w')", {}, "error", ""),
     "home": ("import os; print(os.path.exists('/etc/passwd'))", {}, "ok", "False\n"),
     "leave": ("open('/tmp/x', 'w').write('1')", {}, "ok", ""),
-    "left": (
-        "import os; print([n for n in os.listdir('/tmp') if n[:5] != 'thor-'])",
-        {},
-        "ok",
-        "['work']\n",
-    ),
+    "left": ("import os; print(os.path.lexists('/tmp/x'))", {}, "ok", "False\n"),
     "unshare": ("import ctypes; print(ctypes.CDLL(None).unshare(0x10000000))", {}, "ok", "-1\n"),
 }
 

@@ -42,7 +42,8 @@ def state():
         "decimal": str(decimal.getcontext()),
         "recursion": sys.getrecursionlimit(),
         "stdout": sys.stdout is sys.__stdout__,
-        "lines": [name for name in linecache.cache if name.startswith("<")],
+        # Python 3.13 keeps the text of -c there, which is our own.
+        "lines": [name for name in linecache.cache if name[0] == "<" and name != "<string>"],
         "environment": dict(os.environ),
         "directory": os.getcwd(),
     }
