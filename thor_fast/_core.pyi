@@ -90,5 +90,6 @@ def serve_template(
     control_fd: int, jail: dict[str, object], refresh: object, run: object
 ) -> None: ...
 def report_out_of_memory() -> None: ...
+def fill_free_memory() -> int: ...  # bytes taken
 def lay_out_memory() -> int: ...  # bytes now in huge pages
 def probe_host() -> list[tuple[str, bool, str]]: ...  # (layer, granted, detail)

@@ -40,10 +40,10 @@ int guarded(const Call& call) {
   }
 }
 
-void refresh_guest(void* context) {
+void refresh_guest(void* context, std::uint64_t seed) {
   const auto& guest = *static_cast<Guest*>(context);
-  const int failed = guarded([&guest] {
-    guest.refresh();
+  const int failed = guarded([&guest, seed] {
+    guest.refresh(seed);
     return 0;
   });
   if (failed != 0) ::_exit(failed);
@@ -56,6 +56,19 @@ int run_guest(void* context, const GuestJob& job) {
   const auto& guest = *static_cast<Guest*>(context);
   out_of_memory = job.out_of_memory;
   return guarded([&] { return guest.run(py::bytes(job.payload), job.has_dialogue).cast<int>(); });
+}
+
+// A snippet gets the usual ones again: it would not fill a huge page, but might be charged for it.
+PyObjectArenaAllocator usual_arenas;
+
+void use_own_arenas() {
+  PyObject_GetArenaAllocator(&usual_arenas);
+  PyObjectArenaAllocator ours = usual_arenas;
+  ours.alloc = [](void* context, std::size_t size) {
+    void* arena = new_arena(size);
+    return arena == nullptr ? usual_arenas.alloc(context, size) : arena;
+  };
+  PyObject_SetArenaAllocator(&ours);
 }
 
 std::uint32_t layer_bits(const std::vector<std::string>& names) {
@@ -93,7 +106,11 @@ void register_zygote(py::module_& m) {
   m.def("report_out_of_memory", [] {
     if (out_of_memory != nullptr) *out_of_memory = true;
   });
+  m.def("use_own_arenas", &use_own_arenas);
+  m.def("fill_free_memory", &fill_free_chunks);
   m.def("lay_out_memory", [] {
+    PyObject_SetArenaAllocator(&usual_arenas);
+    join_file_mappings();
     const std::size_t moved =
         move_code_to_huge_pages(reinterpret_cast<const void*>(&PyEval_EvalCode));
     return moved + collapse_heap();

@@ -2,14 +2,17 @@
 
 #include <malloc.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cinttypes>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "util/kernel_abi.h"
@@ -18,10 +21,15 @@ namespace thor {
 namespace {
 
 constexpr std::uint64_t kHuge = std::uint64_t{2} << 20;
+// Of what malloc takes from its heap, not from a mapping of its own.
+constexpr std::size_t kLargestChunk = std::size_t{120} << 10;
+constexpr std::size_t kSmallestChunk = 24;
+constexpr std::size_t kChunkStep = 16;
 
 struct Mapping {
   std::uint64_t begin = 0;
   std::uint64_t end = 0;
+  std::uint64_t offset = 0;  // in the file
   std::uint64_t inode = 0;
   std::string mode;
   bool stack = false;
@@ -33,8 +41,8 @@ std::vector<Mapping> mappings() {
   for (std::string line; std::getline(maps, line);) {
     Mapping m;
     char mode[5] = {};
-    if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %*x %*s %" SCNu64, &m.begin, &m.end,
-                    static_cast<char*>(mode), &m.inode) != 4) {
+    if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %*s %" SCNu64, &m.begin,
+                    &m.end, static_cast<char*>(mode), &m.offset, &m.inode) != 5) {
       continue;
     }
     m.mode = static_cast<const char*>(mode);
@@ -74,19 +82,41 @@ bool move_to_huge_page(std::uint64_t address) {
   return moved;
 }
 
-// Joins free chunks and sorts them into their bins: work that malloc puts off until a larger
-// request comes, which would be in every child, and there write to a page for each chunk.
-void tidy_free_chunks() {
-  ::mallopt(M_MXFAST, 0);  // nothing to join later
-  ::malloc_trim(0);
-  constexpr std::size_t kLarger = 100 << 10;  // than any chunk in a bin, yet from the same heap
-  ::free(::malloc(kLarger));
-}
-
 }  // namespace
 
+void* new_arena(std::size_t size) {
+  static char* left = nullptr;
+  static std::size_t left_bytes = 0;
+  if (size > kHuge) return nullptr;
+  if (left_bytes < size) {
+    left = static_cast<char*>(huge_page());
+    left_bytes = left == nullptr ? 0 : kHuge;
+  }
+  if (left == nullptr) return nullptr;
+  left_bytes -= size;
+  return std::exchange(left, left + size);
+}
+
+std::size_t fill_free_chunks() {
+  ::mallopt(M_MXFAST, 0);  // small chunks are joined when they are freed, not by a later request
+  ::malloc_trim(0);        // leaves less than two pages at the end
+  const char* const rest =
+      static_cast<const char*>(::sbrk(0)) - std::ptrdiff_t{2} * ::getpagesize();
+  std::size_t taken = 0;
+  for (std::size_t size = kLargestChunk; size >= kSmallestChunk; size -= kChunkStep) {
+    for (;;) {
+      void* chunk = ::malloc(size);
+      if (chunk == nullptr || static_cast<const char*>(chunk) >= rest) {
+        ::free(chunk);
+        break;
+      }
+      taken += size;
+    }
+  }
+  return taken;
+}
+
 std::size_t collapse_heap() {
-  tidy_free_chunks();
   std::size_t collapsed = 0;
   for (const Mapping& m : mappings()) {
     if (m.mode != "rw-p" || m.inode != 0 || m.stack) continue;
@@ -96,6 +126,27 @@ std::size_t collapse_heap() {
     }
   }
   return collapsed;
+}
+
+void join_file_mappings() {
+  Mapping run;
+  const auto join = [&run] {
+    if (run.end > run.begin) {
+      ::mprotect(pointer(run.begin), run.end - run.begin, PROT_READ | PROT_EXEC);
+    }
+  };
+  for (const Mapping& m : mappings()) {
+    const bool constant = m.inode != 0 && (m.mode == "r--p" || m.mode == "r-xp");
+    const bool goes_on = constant && m.inode == run.inode && m.begin == run.end &&
+                         m.offset == run.offset + (run.end - run.begin);
+    if (goes_on) {
+      run.end = m.end;
+    } else {
+      join();
+      run = constant ? m : Mapping{};
+    }
+  }
+  join();
 }
 
 std::size_t move_code_to_huge_pages(const void* code) {

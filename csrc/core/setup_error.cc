@@ -26,6 +26,7 @@ const char* name(SetupStep step) {
     case SetupStep::kLandlock: return "restricting files with Landlock";
     case SetupStep::kPristine: return "remembering a writable directory";
     case SetupStep::kSharedPages: return "mapping the pages shared with a snippet";
+    case SetupStep::kSeed: return "drawing a seed for random numbers";
     case SetupStep::kPipes: return "making the output pipes";
     case SetupStep::kSession: return "starting a session";
     case SetupStep::kHostname: return "setting the host name";

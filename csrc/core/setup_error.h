@@ -25,6 +25,7 @@ enum class SetupStep : std::int32_t {
   kLandlock,
   kPristine,
   kSharedPages,
+  kSeed,
   kPipes,
   kForkSnippet,
   kSession,

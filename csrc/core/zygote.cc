@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -112,6 +113,8 @@ class Zygote {
     const ssize_t n = ::pread(oom_score_.get(), text.data(), text.size(), 0);
     if (n <= 0) give_up(failed(SetupStep::kOomScore, 0));
     own_oom_score_.assign(text.data(), static_cast<std::size_t>(n));
+    // For the children, which start where we are.
+    if (::chdir(kWorkingDirectory) != 0) give_up(failed(SetupStep::kWorkingDirectory, 1));
     ::prctl(PR_SET_DUMPABLE, 0);  // unprivileged, the snippet has our uid: it must not look into us
   }
 
@@ -135,7 +138,7 @@ class Zygote {
     *report_ = Report{};
     // All of the page: a snippet could leave a message behind what we use of it.
     std::memset(static_cast<void*>(hint_), 0, static_cast<std::size_t>(::getpagesize()));
-    hooks_.refresh(hooks_.context);
+    refresh_guest();
     // Every snippet is pid 2: how many processes the one before it had is not for it to know.
     if (files_.last_pid) static_cast<void>(::pwrite(files_.last_pid.get(), "1", 1, 0));
     Pipe out;
@@ -151,6 +154,12 @@ class Zygote {
     const std::array<int, 3> fds{pidfd_.get(), out.read_end.get(), err.read_end.get()};
     if (!send_message(kControlFd, parked, fds)) ::_exit(0);
     return child;
+  }
+
+  void refresh_guest() const {
+    std::uint64_t seed = 0;
+    if (::getrandom(&seed, sizeof(seed), 0) != sizeof(seed)) give_up(failed(SetupStep::kSeed));
+    hooks_.refresh(hooks_.context, seed);
   }
 
   void set_oom_score(std::string_view score) const {
@@ -297,7 +306,6 @@ class Zygote {
     if (const SetupError e = drop_capabilities()) return e;
     // Undumpable as the zygote, /proc/self would not be the snippet's own.
     if (::prctl(PR_SET_DUMPABLE, 1) != 0) return failed(SetupStep::kSetIds, 6);
-    if (::chdir(kWorkingDirectory) != 0) return failed(SetupStep::kWorkingDirectory, 1);
     return {};
   }
 

@@ -279,7 +279,7 @@ void say_parked(int standard_output) {
   thor::send_message(thor::kControlFd, {.kind = thor::MessageKind::kParked}, fds);
 }
 
-void refresh(void* /*context*/) {
+void refresh(void* /*context*/, std::uint64_t /*seed*/) {
   const char* wanted = std::getenv("STUB_REFRESH");
   const std::string what = wanted == nullptr ? "" : wanted;
   thor::Message message{.kind = thor::MessageKind::kExited};

@@ -64,6 +64,8 @@ def template_environment(determinism: Determinism | None) -> list[str]:
         "MKL_NUM_THREADS=1",
         # Each malloc arena reserves 64 MB of the address space that RLIMIT_AS counts.
         "MALLOC_ARENA_MAX=2",
+        # What the loader leaves for the first call of a function, every fork would do anew.
+        "LD_BIND_NOW=1",
         # One seed for all snippets of a template, as they are forks of one interpreter.
         f"PYTHONHASHSEED={'random' if determinism is None else determinism.seed % 2**32}",
     ]

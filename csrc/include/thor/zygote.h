@@ -52,8 +52,8 @@ struct GuestHooks {
   void (*before_fork)(void* context) = nullptr;
   void (*after_fork_parent)(void* context) = nullptr;
   void (*after_fork_child)(void* context) = nullptr;
-  // In the zygote, before it forks the next snippet's process.
-  void (*refresh)(void* context) = nullptr;
+  // In the zygote, before it forks the next snippet's process, whose random numbers `seed` is for.
+  void (*refresh)(void* context, std::uint64_t seed) = nullptr;
   // Runs the snippet in its own process; returns its exit code.
   int (*run)(void* context, const GuestJob& job) = nullptr;
 };

@@ -17,7 +17,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
+    from typing import Protocol
+
+    class Lines(Protocol):
+        """A block's source, as far as it is looked at here."""
+
+        def __getitem__(self, span: slice, /) -> list[str]: ...
 
 
 def show_exception(error: BaseException) -> None:
@@ -32,7 +38,7 @@ def raised_by_block(error: BaseException) -> BaseException:
     return error.with_traceback(trace.tb_next if trace is not None else None)
 
 
-def raised_by_compiler(error: BaseException, lines: Sequence[str]) -> BaseException:
+def raised_by_compiler(error: BaseException, lines: Lines) -> BaseException:
     """Without our frames, and with what would have been found in a file ``main.py``."""
     if isinstance(error, SyntaxError) and error.lineno:
         error.text = "".join(lines[error.lineno - 1 : error.lineno]) or error.text
