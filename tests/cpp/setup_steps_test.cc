@@ -159,6 +159,7 @@ std::vector<Case> cases() {
        {S::kSharedPages, ENOMEM, 0}},
       {"OwnOomScore", refuse(SYS_pread64, EIO, {{2, 16}}), {S::kOomScore, EIO, 0}},
       {"OomScore", refuse(SYS_pwrite64, EACCES, {{2, 4}}), {S::kOomScore, EACCES, 1}},
+      {"Seed", refuse(SYS_getrandom, EAGAIN), {S::kSeed, EAGAIN, 0}},
       {"OutputPipes", refuse(SYS_pipe2, ENFILE, {{1, O_CLOEXEC}}), {S::kPipes, ENFILE, 0}},
       {"Fork",
        refuse(SYS_clone, EAGAIN, {{0, CLONE_CHILD_CLEARTID, CLONE_CHILD_CLEARTID}}),
