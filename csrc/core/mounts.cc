@@ -111,7 +111,7 @@ SetupError mount_own_proc(JailFiles* files) {
   files->full_proc.reset(::open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC));
   // Absent on kernels without checkpoint/restore: there, pid numbers go on counting.
   files->last_pid.reset(::open("/proc/sys/kernel/ns_last_pid", O_WRONLY | O_CLOEXEC));
-  files->sockets.reset(::open("/proc/self/net/unix", O_RDONLY | O_CLOEXEC));
+  files->sockets.reset(::open("/proc/self/net/sockstat", O_RDONLY | O_CLOEXEC));
   if (!files->full_proc) return failed(SetupStep::kProc, 1);
   if (!files->sockets) return failed(SetupStep::kProc, 3);
   if (const SetupError e = mount_proc("/proc", "subset=pid,hidepid=ptraceable")) return e;

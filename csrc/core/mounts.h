@@ -31,7 +31,7 @@ struct JailFiles {
   std::vector<PristineDirectory> writable;
   UniqueFd full_proc;  // the mount that the read-only one covers; no snippet can reach it
   UniqueFd last_pid;   // ns_last_pid of this pid namespace; empty where the kernel has none
-  UniqueFd sockets;    // the list of local sockets of this network namespace
+  UniqueFd sockets;    // how many sockets there are in this network namespace
 };
 
 // Replaces the root of this mount namespace by a read-only tmpfs with the sources at their places,

@@ -237,9 +237,10 @@ class Zygote {
   // A socket that was sent over another in a ring outlives its processes until the kernel collects
   // it, and its abstract name with it: the next snippet could read it.
   [[nodiscard]] bool no_socket_left() const {
-    std::array<char, 256> list{};
-    const ssize_t n = ::pread(files_.sockets.get(), list.data(), list.size(), 0);
-    return n > 0 && std::count(list.begin(), list.begin() + n, '\n') == 1;  // its heading
+    std::array<char, 64> text{};
+    const ssize_t n = ::pread(files_.sockets.get(), text.data(), text.size(), 0);
+    return n > 0 && std::string_view(text.data(), static_cast<std::size_t>(n))
+                        .starts_with("sockets: used 0\n");
   }
 
   // Without one of these walls there are places for traces that nobody looks at.

@@ -112,6 +112,7 @@ def main(config: dict[str, Any]) -> NoReturn:
     namespace = _become_main(snippet.FILENAME, snippet.WORKDIR)
     snippet.prepare(namespace, core.report_out_of_memory)
     gc.collect()  # empties the interpreter's lists of objects to use again
+    core.fill_free_memory()
     filler += _guest_module("pools").fill()
     gc.freeze()  # the collector then never touches, and so never copies, the shared heap
     core.lay_out_memory()
