@@ -111,27 +111,59 @@ def _trivial(size: int) -> Callable[[int], Sequence[Snippet]]:
 
 
 def _sympy(size: int) -> Callable[[int], Sequence[Snippet]]:
-    return lambda batch: [_algebra(random.Random(f"sympy {batch} {i}")) for i in range(size)]
+    kinds = (_solve, _factor, _integrate)
+    return lambda batch: [
+        kinds[i % len(kinds)](random.Random(f"sympy {batch} {i}")) for i in range(size)
+    ]
 
 
-def _algebra(rng: random.Random) -> Snippet:
-    """Solve a cubic, factor, integrate, simplify, as a model writes it for a contest problem."""
-    roots = sorted(rng.sample(range(-40, 41), 3))
-    p, q, r = roots
-    a, b = rng.randint(2, 60), rng.randint(2, 60)
-    k, m = rng.randint(2, 90), rng.randint(2, 90)
-    code = f"""from sympy import *
+def _solve(rng: random.Random) -> Snippet:
+    p, q, r = roots = sorted(rng.sample(range(-40, 41), 3))
+    code = f"""from sympy import symbols, solve
 
 x = symbols('x')
 roots = solve(x**3 - ({p + q + r})*x**2 + ({p * q + q * r + p * r})*x - ({p * q * r}), x)
 print(sorted(roots))
+"""
+    return Snippet(code, f"{roots}\n")
+
+
+def _factor(rng: random.Random) -> Snippet:
+    a, b = rng.randint(2, 60), rng.randint(2, 60)
+    code = f"""from sympy import *
+
+x = Symbol('x')
 print(factor(x**3 + {a}*x**2 + {b}*x + {a * b}))
+"""
+    return Snippet(code, f"(x + {a})*(x**2 + {b})\n")
+
+
+def _integrate(rng: random.Random) -> Snippet:
+    m = rng.randint(2, 90)
+    code = f"""import sympy as sp
+
+x = sp.symbols('x', real=True)
+area = sp.integrate(x*sp.exp({m}*x), (x, 0, 1))
+print(sp.simplify(area - sp.Rational({m - 1}, {m * m})*sp.E**{m}))
+"""
+    return Snippet(code, f"1/{m * m}\n")
+
+
+def _calculus_batches(size: int) -> Callable[[int], Sequence[Snippet]]:
+    return lambda batch: [_calculus(random.Random(f"calculus {batch} {i}")) for i in range(size)]
+
+
+def _calculus(rng: random.Random) -> Snippet:
+    """Integrals and a simplification that sympy itself takes long for: the sandbox hardly shows."""
+    k, m = rng.randint(2, 90), rng.randint(2, 90)
+    code = f"""from sympy import *
+
+x = symbols('x')
 print(integrate(x*cos({k}*x), (x, 0, pi/{k})), integrate(x**2*exp(-{m}*x), (x, 0, oo)))
 print(simplify((x**2 - {k * k})/(x - {k}) + {m}*sin(x)**2 + {m}*cos(x)**2))
 """
-    factored = f"(x + {a})*(x**2 + {b})"
     integrals = f"{Fraction(-2, k * k)} {Fraction(2, m**3)}"
-    return Snippet(code, f"{roots}\n{factored}\n{integrals}\nx + {k + m}\n")
+    return Snippet(code, f"{integrals}\nx + {k + m}\n")
 
 
 def _unwarmed(size: int) -> Callable[[int], Sequence[Snippet]]:
@@ -196,7 +228,8 @@ WORKLOADS = (
     Workload("trivial", 8, 8.0, _trivial(160)),
     Workload("trivial", 64, 10.0, _trivial(256)),
     Workload("sympy", 1, 12.0, _sympy(3)),
-    Workload("sympy", 8, 12.0, _sympy(16)),
+    Workload("sympy", 8, 12.0, _sympy(24)),
+    Workload("sympy-slow", 8, 0.0, _calculus_batches(16)),
     Workload("sympy-unwarmed", 1, 0.0, _unwarmed(3)),
     Workload("sympy-unwarmed", 8, 0.0, _unwarmed(16)),
     Workload("mixed", 8, 6.0, _mixed),

@@ -27,6 +27,7 @@ WORKLOADS = [
     "trivial c=64",
     "sympy c=1",
     "sympy c=8",
+    "sympy-slow c=8",
     "sympy-unwarmed c=1",
     "sympy-unwarmed c=8",
     "mixed c=8",
