@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sandbox_peers.registry import BASELINE
+from sandbox_peers.registry import BASELINE, NAMES
 
 __all__ = ["plot"]
 
@@ -28,7 +28,7 @@ def plot(path: Path, metrics: Mapping[str, Mapping[str, Any]], title: str) -> st
         # Who fails fast is not fast: no bar.
         runs = [metrics[key][name] for key in keys]
         speeds = [math.nan if run["wrong"] else run["ratio"] for run in runs]
-        bars = axes.bar(places, speeds, width, label=name)
+        bars = axes.bar(places, speeds, width, label=f"{name}: {NAMES[name]}")
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set_yscale("log")
     axes.axhline(1.0, color="black", linewidth=0.8)

@@ -35,7 +35,7 @@ Fleet::Fleet(const OrchestratorConfig& config, int wake, JobQueue* jobs)
       jobs_(jobs),
       epoll_(::epoll_create1(EPOLL_CLOEXEC)),
       wake_(wake),
-      jails_(config.tiers.size() * config.slots + config.max_dialogues),
+      jails_((config.tiers.size() + 1) * config.slots + config.max_dialogues),
       groups_(jails_.size()),
       deadlines_(config.tiers.size() + jails_.size()) {
   if (!epoll_) throw std::system_error(errno, std::generic_category(), "epoll_create1");
@@ -144,7 +144,12 @@ void Fleet::on_deadline(std::size_t index) {
     const Ending ending{.exited = {.started = true}};
     return discard(index, conclude(slot, ending, Clock::now()));
   }
-  if (jail.watched) return kill(index, KillReason::kTimeout);
+  if (jail.watched) {
+    if (Clock::now() >= slot.deadline()) return kill(index, KillReason::kTimeout);
+    slot.aged = true;  // this turn goes on to serve who waits
+    ++aged_;
+    return deadlines_.set(deadline_of_jail(index), slot.deadline());
+  }
   try {
     watch_output(index);
   } catch (const std::system_error& e) {
@@ -403,7 +408,9 @@ void Fleet::watch_output(std::size_t index) {
   jail.watched = true;
   if (jail.standard_output) watch(jail.standard_output.get(), Source::kOutput, index);
   if (jail.standard_error) watch(jail.standard_error.get(), Source::kErrorOutput, index);
-  deadlines_.set(deadline_of_jail(index), jail.slot->deadline());
+  const Slot& slot = *jail.slot;
+  deadlines_.set(deadline_of_jail(index),
+                 std::min(slot.started + config_.slot_keeping, slot.deadline()));
 }
 
 // Between a dialogue's steps nobody wants to know what it writes.

@@ -85,6 +85,7 @@ class Fleet {
   void unwatch_output(std::size_t index);
 
   // Requests (fleet_requests.cc).
+  [[nodiscard]] bool has_room() const;
   void serve_queued();
   void serve_step(Job job);
   void bind(std::size_t index, Job job);
@@ -113,7 +114,8 @@ class Fleet {
   std::map<std::uint64_t, Dialogue> dialogues_;     // those that had a step
   Deadlines deadlines_;                             // of tiers, then of jails
   std::size_t running_ = 0;
-  std::string failure_;  // why the last tier or jail could not start
+  std::size_t aged_ = 0;  // of them
+  std::string failure_;   // why the last tier or jail could not start
   OrchestratorCounts counts_;
 };
 

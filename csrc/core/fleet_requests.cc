@@ -40,13 +40,20 @@ void Fleet::replace_jail(std::size_t tier) {
   }
 }
 
+// Most snippets are over in milliseconds; the few that are not, endless loops among them, would
+// stop all others for the whole of their limit. So up to as many as there are slots run beside
+// these.
+bool Fleet::has_room() const {
+  return running_ - std::min<std::size_t>(aged_, config_.slots) < config_.slots;
+}
+
 void Fleet::serve_queued() {
   for (const std::size_t tier : std::exchange(replacements_, {})) replace_jail(tier);
   TierMask ready = 0;
   for (std::size_t i = 0; i < tiers_.size(); ++i) {
     if (tiers_[i].state() == Tier::State::kReady) ready |= TierMask{1} << i;
   }
-  while (running_ < config_.slots) {
+  while (has_room()) {
     std::optional<Job> job = jobs_->next(ready);
     if (!job) return;
     if (job->dialogue != 0) {
@@ -188,6 +195,7 @@ void Fleet::kill(std::size_t index, KillReason reason) {
 void Fleet::finish(std::size_t index, Result result) {
   const std::optional<Slot> slot = std::exchange(jails_[index]->slot, std::nullopt);
   --running_;
+  if (slot->aged) --aged_;
   publish();  // who sees the result sees the counts that go with it
   jobs_->answer(slot->job, std::move(result));
 }

@@ -53,6 +53,7 @@ struct Slot {
   Output output;
   Clock::time_point started;
   KillReason killed = KillReason::kNone;
+  bool aged = false;  // it has run for so long that others need not wait for it
 };
 
 // Beyond this many times max_output_bytes a stream is a flood and its writer is killed; up to it

@@ -115,7 +115,9 @@ TEST(Orchestrator, ManyThreadsSubmitAndEachGetsItsOwn) {
 }
 
 TEST(Orchestrator, HigherPrioritiesFirst) {
-  Orchestrator orchestrator(stub_config(1));
+  OrchestratorConfig one_at_a_time = stub_config(1);
+  one_at_a_time.slot_keeping = std::chrono::hours(1);
+  Orchestrator orchestrator(one_at_a_time);
   auto sink = std::make_shared<CompletionQueue>();
   Request first = command("spin");
   first.priority = 3;  // whether or not it runs by then, it is in the others' way
@@ -130,6 +132,36 @@ TEST(Orchestrator, HigherPrioritiesFirst) {
   const std::vector<Completion> done = await(*sink, 4);
   EXPECT_EQ(done.at(0).ticket, blocker);
   for (std::size_t i = 0; i < 3; ++i) EXPECT_EQ(done.at(i + 1).ticket, expected[i]);
+}
+
+TEST(Orchestrator, EndlessLoopsDoNotStopTheOthers) {
+  Orchestrator orchestrator(stub_config(1));
+  auto sink = std::make_shared<CompletionQueue>();
+  const std::uint64_t endless = orchestrator.submit(command("spin"), sink);
+  const std::uint64_t quick = orchestrator.submit(command("print x"), sink);
+  const std::vector<Completion> first = await(*sink, 1);
+  EXPECT_EQ(first.at(0).ticket, quick);
+  EXPECT_EQ(first.at(0).result.stdout_data, "x");
+  orchestrator.cancel(endless);
+  EXPECT_EQ(await(*sink, 1).at(0).ticket, endless);
+}
+
+// As many as there are slots run beside the others; one more keeps its slot however long it runs.
+TEST(Orchestrator, NotMoreThanTwiceTheSlotsRun) {
+  Orchestrator orchestrator(stub_config(1));
+  auto sink = std::make_shared<CompletionQueue>();
+  const std::uint64_t first = orchestrator.submit(command("spin"), sink);
+  const std::uint64_t second = orchestrator.submit(command("spin"), sink);
+  const std::uint64_t waiting = orchestrator.submit(command("print x"), sink);
+  while (orchestrator.stats().counts.running < 2) std::this_thread::yield();
+  std::this_thread::sleep_for(milliseconds(300));
+  EXPECT_EQ(orchestrator.stats().counts.running, 2U);
+  EXPECT_EQ(orchestrator.stats().queued, 1U);
+  orchestrator.cancel(first);
+  EXPECT_EQ(await(*sink, 1).at(0).ticket, first);
+  EXPECT_EQ(await(*sink, 1).at(0).ticket, waiting);
+  orchestrator.cancel(second);
+  EXPECT_EQ(await(*sink, 1).at(0).ticket, second);
 }
 
 TEST(Orchestrator, AFullQueueAnswersAtOnce) {

@@ -51,7 +51,8 @@ class NativeSandbox(ClosedOnExit):
     r"""Runs Python snippets; implements :class:`thor_fast.sandbox.base.Sandbox`.
 
     Args:
-        slots: snippets that run at a time; default: the CPUs this process may use. With more,
+        slots: snippets that run at a time, besides as many that have run for longer than 0.1 s and
+            no longer keep others waiting; default: the CPUs this process may use. With more,
             limits mean less: snippets time out waiting for each other.
         limits: what a request that names none gets.
         tiers: which warm interpreters there are; a snippet's imports choose. The first starts at

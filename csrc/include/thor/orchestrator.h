@@ -10,7 +10,8 @@
 //                          <---------------- PARKED: it has forked the next child
 //
 // Callers never block on a snippet unless they call CompletionQueue::wait. At most `slots` snippets
-// run at a time; the rest queue here, and their clocks start only when they do.
+// run at a time, besides as many that have run for longer than 0.1 s; the rest queue here, and
+// their clocks start only when they do.
 #pragma once
 
 #include <chrono>
@@ -37,8 +38,9 @@ struct TierConfig {
 struct OrchestratorConfig {
   std::vector<TierConfig> tiers;  // the first starts at once, the others when first asked for
   std::vector<std::string> env;
-  std::uint32_t slots = 1;           // snippets that run at a time
-  std::uint32_t max_dialogues = 64;  // open at a time
+  std::uint32_t slots = 1;                      // snippets that run at a time, see above
+  std::chrono::milliseconds slot_keeping{100};  // after which one no longer keeps others waiting
+  std::uint32_t max_dialogues = 64;             // open at a time
   std::size_t queue_capacity = 4096;
   std::chrono::milliseconds startup_timeout{60'000};
   std::shared_ptr<CgroupPool> cgroups;  // null: zygotes watch their snippets' memory

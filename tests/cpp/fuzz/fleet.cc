@@ -122,7 +122,7 @@ class Play {
     std::string reason;
     const bool serving = fleet->turn(&reason);
     require(serving != !reason.empty());
-    require(jobs_.stats().counts.running <= config_.slots);
+    require(jobs_.stats().counts.running <= 2 * config_.slots);
     for (const UniqueFd& end : world_.templates) take_jails(end);
     for (Jail& jail : world_.jails) take_run(&jail);
     return serving;
