@@ -144,12 +144,13 @@ void Fleet::on_deadline(std::size_t index) {
     const Ending ending{.exited = {.started = true}};
     return discard(index, conclude(slot, ending, Clock::now()));
   }
-  if (jail.watched) {
-    if (Clock::now() >= slot.deadline()) return kill(index, KillReason::kTimeout);
+  const Clock::time_point now = Clock::now();
+  if (now >= slot.deadline()) return kill(index, KillReason::kTimeout);
+  if (!slot.aged && now >= slot.started + config_.slot_keeping) {
     slot.aged = true;  // this turn goes on to serve who waits
     ++aged_;
-    return deadlines_.set(deadline_of_jail(index), slot.deadline());
   }
+  if (jail.watched) return deadlines_.set(deadline_of_jail(index), next_deadline(slot));
   try {
     watch_output(index);
   } catch (const std::system_error& e) {
@@ -408,9 +409,13 @@ void Fleet::watch_output(std::size_t index) {
   jail.watched = true;
   if (jail.standard_output) watch(jail.standard_output.get(), Source::kOutput, index);
   if (jail.standard_error) watch(jail.standard_error.get(), Source::kErrorOutput, index);
-  const Slot& slot = *jail.slot;
-  deadlines_.set(deadline_of_jail(index),
-                 std::min(slot.started + config_.slot_keeping, slot.deadline()));
+  deadlines_.set(deadline_of_jail(index), next_deadline(*jail.slot));
+}
+
+// Of a snippet whose output is watched.
+Clock::time_point Fleet::next_deadline(const Slot& slot) const {
+  if (slot.aged) return slot.deadline();
+  return std::min(slot.started + config_.slot_keeping, slot.deadline());
 }
 
 // Between a dialogue's steps nobody wants to know what it writes.

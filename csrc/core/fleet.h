@@ -82,6 +82,7 @@ class Fleet {
   void on_exited(std::size_t index, const Message& exited, const std::vector<UniqueFd>& files);
   void discard(std::size_t index, Result result);
   void watch_output(std::size_t index);
+  [[nodiscard]] Clock::time_point next_deadline(const Slot& slot) const;
   void unwatch_output(std::size_t index);
 
   // Requests (fleet_requests.cc).

@@ -19,6 +19,9 @@ constexpr std::chrono::milliseconds kKillGrace{2'000};
 // Pipes are watched once a snippet has run this long: most are over by then, and what they wrote
 // fits a pipe.
 constexpr std::chrono::milliseconds kUnwatched{10};
+// After a look at them they are left alone: whoever prints line by line would wake us for each,
+// which costs the writer more than the line does. A pipe takes what is written in so short a time.
+constexpr std::chrono::milliseconds kRest{1};
 // Beyond a snippet's own limit its group may hold what it copied of the warm interpreter, page
 // tables and pipes. The limit of each process is the first wall.
 constexpr std::uint64_t kGroupSlack = std::uint64_t{64} << 20;
@@ -147,9 +150,14 @@ void Fleet::on_output(std::size_t index, UniqueFd JailHandle::* stream, bool hun
     unwatch_output(index);  // what is left in the pipe would wake us until it is gone
     return kill(index, KillReason::kOutput);
   }
-  if (!hung_up) return;
-  unwatch((jail.*stream).get());
-  (jail.*stream).reset();
+  if (hung_up) {
+    unwatch((jail.*stream).get());
+    (jail.*stream).reset();
+  }
+  unwatch_output(index);
+  if (jail.slot->killed != KillReason::kNone) return;  // its end is near, and has a deadline
+  deadlines_.set(deadline_of_jail(index),
+                 std::min(Clock::now() + kRest, next_deadline(*jail.slot)));
 }
 
 void Fleet::on_reply(std::size_t index) {
