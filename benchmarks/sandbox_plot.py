@@ -12,6 +12,12 @@ from sandbox_peers.registry import BASELINE, NAMES
 __all__ = ["plot"]
 
 
+def _label(name: str) -> str:
+    """Nobody is to take an unsafe backend for a peer."""
+    safety = "no isolation between snippets"
+    return f"{name} ({safety})" if safety in NAMES[name] else name
+
+
 def plot(path: Path, metrics: Mapping[str, Mapping[str, Any]], title: str) -> str:
     """Write a PNG; what to tell the user about it. Needs matplotlib, which is optional."""
     try:
@@ -28,7 +34,7 @@ def plot(path: Path, metrics: Mapping[str, Mapping[str, Any]], title: str) -> st
         # Who fails fast is not fast: no bar.
         runs = [metrics[key][name] for key in keys]
         speeds = [math.nan if run["wrong"] else run["ratio"] for run in runs]
-        bars = axes.bar(places, speeds, width, label=f"{name}: {NAMES[name]}")
+        bars = axes.bar(places, speeds, width, label=_label(name))
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set_yscale("log")
     axes.axhline(1.0, color="black", linewidth=0.8)

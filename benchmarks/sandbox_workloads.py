@@ -129,7 +129,7 @@ print(sorted(roots))
 
 
 def _factor(rng: random.Random) -> Snippet:
-    a, b = rng.randint(2, 60), rng.randint(2, 60)
+    a, b = rng.randint(2, 999), rng.randint(2, 999)
     code = f"""from sympy import *
 
 x = Symbol('x')
@@ -139,7 +139,7 @@ print(factor(x**3 + {a}*x**2 + {b}*x + {a * b}))
 
 
 def _integrate(rng: random.Random) -> Snippet:
-    m = rng.randint(2, 90)
+    m = rng.randint(2, 999)
     code = f"""import sympy as sp
 
 x = sp.symbols('x', real=True)

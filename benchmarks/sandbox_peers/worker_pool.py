@@ -10,16 +10,15 @@ import struct
 import subprocess
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from sandbox_peers.interpreter import Interpreter
+from thor_fast.sandbox.base import ClosedOnExit
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
 __all__ = ["WorkerPool"]
 
 
-class WorkerPool:
+class WorkerPool(ClosedOnExit):
     """``workers`` interpreters that take turns. UNSAFE: no isolation between snippets.
 
     A worker is killed and replaced when its snippet exceeds the time limit, and only then.
@@ -49,15 +48,7 @@ class WorkerPool:
         self._workers.add(worker)
         self._idle.put(worker)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for worker in self._workers:
             worker.stop()
 

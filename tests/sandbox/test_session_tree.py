@@ -33,19 +33,6 @@ MANY = ExecutionRequest("", max_processes=100)
 ROUTER_AND_FIRST_STATE = 2
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[NativeSandbox]:
-    with NativeSandbox() as box:
-        yield box
-
-
-@pytest.fixture
-def sandbox(shared: NativeSandbox) -> Iterator[NativeSandbox]:
-    yield shared
-    assert shared.execute("print('alive')").stdout == "alive\n"
-    assert shared.stats()["dialogues"] == 0, "every test closes what it opens"
-
-
 @pytest.fixture
 def session(sandbox: NativeSandbox) -> Iterator[Session]:
     with sandbox.session(MANY, rewindable=True) as first:
