@@ -67,10 +67,10 @@ def selected_logprob(
         chunk_tokens = max(1, _CHUNK_LOGITS_BYTES // (4 * vocab))
     elif chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, expected >= 1")
-    use_triton = _use_triton(impl, hidden.device)
+    triton = use_triton(impl, hidden.device)
     with torch.no_grad():
         logp: torch.Tensor = _selected_logprob_op(
-            hidden, weight, targets, bias, float(temperature), chunk_tokens, use_triton
+            hidden, weight, targets, bias, float(temperature), chunk_tokens, triton
         )
     return logp
 
@@ -83,9 +83,9 @@ def _selected_logprob_op(
     bias: torch.Tensor | None,
     temperature: float,
     chunk_tokens: int,
-    use_triton: bool,
+    triton: bool,
 ) -> torch.Tensor:
-    if use_triton:
+    if triton:
         from .selected_logprob_triton import row_logprob_triton as row_logprob
     else:
         row_logprob = row_logprob_reference
@@ -107,7 +107,7 @@ def _(
     bias: torch.Tensor | None,
     temperature: float,
     chunk_tokens: int,
-    use_triton: bool,
+    triton: bool,
 ) -> torch.Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
 
@@ -162,7 +162,12 @@ def _check(
             raise ValueError(f"{name} is on {tensor.device}, expected {hidden.device} like hidden")
 
 
-def _use_triton(impl: Impl, device: torch.device) -> bool:
+def use_triton(impl: Impl, device: torch.device) -> bool:
+    """Whether ``impl`` means the Triton kernels on this device.
+
+    Raises:
+        ValueError: it is no such choice, or they cannot run there.
+    """
     if impl == "auto":
         return device.type == "cuda"
     if impl == "reference":
