@@ -11,21 +11,18 @@ Legend: T tokens of the packed batch, H hidden, V vocabulary, N rows that are re
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
+from .hierarchical_grpo_chunks import Found, gather, run
 from .hierarchical_grpo_metrics import Metrics
-from .hierarchical_grpo_plan import Plan, Selection
-from .hierarchical_grpo_rows import Rows, anchored_rows, logit_gradients
-from .hierarchical_grpo_spec import KL, LossSpec
-from .hierarchical_grpo_tokens import METRICS, depends_on_advantage, token_terms
+from .hierarchical_grpo_plan import LEVELS, Plan, Selection
+from .hierarchical_grpo_spec import LossSpec, spec_of, text_of
+from .hierarchical_grpo_tokens import METRICS, depends_on_advantage
 from .selected_logprob import Impl, use_triton
 
-__all__ = ["LossOutput", "fused_linear_grpo"]
+__all__ = ["LossOutput", "fused_linear_grpo", "logits_grpo"]
 
 _HALVES = (torch.bfloat16, torch.float16)
 _DTYPES = (torch.float32, *_HALVES, torch.float64)
@@ -69,8 +66,7 @@ def fused_linear_grpo(
             frozen head) its GEMM is not run.
         targets: [T] int64 or int32. ``-100`` makes a row's value and gradient 0.
         plan: from :func:`make_plan`, for T tokens.
-        old_logp: [T] float: log-probs under the policy that the ratio is against. For a batch that
-            is exactly on policy, the detached ``logp`` of this call's own inputs.
+        old_logp: [T] float: log-probs under the policy that the ratio is against.
         ref_logp: [T] float; needed with ``spec.kl``.
         spec: the loss; default ``LossSpec()``.
         bias: [V] float, of the head.
@@ -83,28 +79,20 @@ def fused_linear_grpo(
         ValueError: a shape, dtype, device or setting does not fit; the message says which.
     """
     spec = LossSpec() if spec is None else spec
-    _check(hidden, weight, targets, plan, bias)
-    per_token = {"old_logp": old_logp, "ref_logp": ref_logp, "temperature": temperature}
-    for name, values in per_token.items():
-        if values is not None and values.shape != targets.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(values.shape)}, expected {tuple(targets.shape)}"
-            )
-    if spec.kl is not None and ref_logp is None:
-        raise ValueError("ref_logp is None, expected log-probs of the reference for spec.kl")
+    _check_head(hidden, weight, bias)
+    _check_tokens(hidden, targets, plan, old_logp, ref_logp, temperature, spec)
     selection = plan.select(spec, depends_on_advantage=depends_on_advantage(spec.kind))
-    selection = selection.to(hidden.device)
     grad = torch.is_grad_enabled()
     loss, logp, entropy, metrics, *_ = _fused_linear_grpo_op(
         hidden,
         weight,
         bias,
         targets,
-        list(selection),
+        list(selection.to(hidden.device)),
         old_logp,
         ref_logp,
         temperature,
-        _text_of(spec),
+        text_of(spec),
         _rows_of(chunk_rows, weight.shape[0]),
         use_triton(impl, hidden.device),
         grad and hidden.requires_grad,
@@ -114,22 +102,122 @@ def fused_linear_grpo(
     return LossOutput(loss, logp, entropy, Metrics(metrics, plan))
 
 
-class _Head(NamedTuple):
-    """The matrix and what happens to its logits."""
+def logits_grpo(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    plan: Plan,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor | None = None,
+    *,
+    spec: LossSpec | None = None,
+    temperature: torch.Tensor | None = None,
+    chunk_rows: int | None = None,
+    impl: Impl = "auto",
+) -> LossOutput:
+    """As :func:`fused_linear_grpo`, for callers that hold ``logits`` [T, V].
 
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    spec: LossSpec
-    compute: torch.dtype  # of logits, log-probs and losses
-    triton: bool
+    Raises:
+        ValueError: a shape, dtype, device or setting does not fit; the message says which.
+    """
+    spec = LossSpec() if spec is None else spec
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _DTYPES:
+        raise ValueError(
+            f"logits is {logits.dtype} {tuple(logits.shape)}, expected (T, V) of float32, "
+            "bfloat16, float16 or float64"
+        )
+    _check_tokens(logits, targets, plan, old_logp, ref_logp, temperature, spec)
+    selection = plan.select(spec, depends_on_advantage=depends_on_advantage(spec.kind))
+    loss, logp, entropy, metrics, _ = _logits_grpo_op(
+        logits,
+        targets,
+        list(selection.to(logits.device)),
+        old_logp,
+        ref_logp,
+        temperature,
+        text_of(spec),
+        _rows_of(chunk_rows, logits.shape[1]),
+        use_triton(impl, logits.device),
+        torch.is_grad_enabled() and logits.requires_grad,
+    )
+    return LossOutput(loss, logp, entropy, Metrics(metrics, plan))
 
 
-class _Grads(NamedTuple):
-    """Accumulated over chunks; ``None`` where nobody asks."""
+class _Head:
+    """Logits from hidden states; their gradient goes back to these and to the head."""
 
-    hidden: torch.Tensor | None
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rows: torch.Tensor,
+        wanted: tuple[bool, bool, bool],
+    ) -> None:
+        self._compute = _compute(hidden)
+        self._x = hidden[rows]
+        self._weight = weight
+        self.bias = bias
+        self._rows = rows
+        # float16's range is too small for the rows' weights.
+        half = weight.is_cuda and weight.dtype is torch.bfloat16
+        self.weights_dtype = torch.bfloat16 if half else self._compute
+        vocab = weight.shape[0]
+        self.by_hidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
+        self.by_weight = weight.new_zeros(weight.shape, dtype=self._compute) if wanted[1] else None
+        self.by_bias = weight.new_zeros(vocab, dtype=self._compute) if wanted[2] else None
+
+    def logits(self, part: slice) -> torch.Tensor:
+        return self._product(self._x[part], self._weight.t())
+
+    def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
+        column = None if scale is None else scale.unsqueeze(1)
+        if self.by_hidden is not None:
+            back = self._product(weights, self._weight)
+            back = back if column is None else back * column
+            self.by_hidden[self._rows[part]] = back.to(self.by_hidden.dtype)
+        if self.by_weight is not None:
+            x = self._x[part]
+            scaled = (x if column is None else x * column).to(weights.dtype)
+            if weights.dtype is self._compute:
+                self.by_weight.addmm_(weights.t(), scaled)
+            else:
+                out = self.by_weight
+                torch.addmm(out, weights.t(), scaled, out_dtype=torch.float32, out=out)
+        if self.by_bias is not None:
+            scaled = weights if column is None else weights * column
+            self.by_bias.add_(scaled.sum(dim=0, dtype=self._compute))
+
+    def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``a @ b``, accumulated and left in the dtype of the computation."""
+        if a.is_cuda and a.dtype is b.dtype and a.dtype in _HALVES:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.to(self._compute), b.to(self._compute))
+
+
+class _Given:
+    """Logits that the caller holds."""
+
+    bias = None
+
+    def __init__(self, logits: torch.Tensor, rows: torch.Tensor, wanted: bool) -> None:
+        self._logits = logits
+        self._rows = rows
+        self.weights_dtype = _compute(logits)
+        self.by_logits = torch.zeros_like(logits) if wanted else None
+
+    def logits(self, part: slice) -> torch.Tensor:
+        # An index makes a copy, as does the conversion: what comes out may be used up.
+        return self._logits[self._rows[part]].to(self.weights_dtype)
+
+    def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
+        assert self.by_logits is not None
+        gradient = weights if scale is None else weights * scale.unsqueeze(1)
+        self.by_logits[self._rows[part]] = gradient.to(self.by_logits.dtype)
+
+
+def _compute(like: torch.Tensor) -> torch.dtype:
+    """Of logits, log-probs and losses."""
+    return torch.float64 if like.dtype is torch.float64 else torch.float32
 
 
 @torch.library.custom_op("thor_kernels::fused_linear_grpo", mutates_args=())
@@ -157,217 +245,32 @@ def _fused_linear_grpo_op(
     torch.Tensor,
     torch.Tensor,
 ]:
-    spec = _spec_of(spec_text)
-    chosen = Selection(*selection)
-    compute = torch.float64 if hidden.dtype is torch.float64 else torch.float32
-    head = _Head(weight, bias, spec, compute, triton)
-    rows = chosen.rows
-    batch = _Batch(
-        x=hidden[rows],
-        targets=targets[rows].long(),
-        old_logp=old_logp[rows].to(compute),
-        ref_logp=None if ref_logp is None else ref_logp[rows].to(compute),
-        inverse_temperature=_inverse(temperature, rows, spec, compute),
+    spec, chosen = spec_of(spec_text), Selection(*selection)
+    wanted = (want_hidden, want_weight, want_bias)
+    source = _Head(hidden, weight, bias, chosen.rows, wanted)
+    batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, _compute(hidden))
+    found = run(
+        source,
+        batch,
+        chosen,
+        spec,
+        chunk_rows=chunk_rows,
+        triton=triton,
+        want_gradient=any(wanted),
     )
-    grads = _Grads(
-        hidden.new_zeros(hidden.shape) if want_hidden else None,
-        weight.new_zeros(weight.shape, dtype=compute) if want_weight else None,
-        weight.new_zeros(weight.shape[0], dtype=compute) if want_bias else None,
-    )
-    wanted = want_hidden or want_weight or want_bias
-    logp = hidden.new_zeros(len(rows), dtype=compute)
-    entropy = hidden.new_zeros(len(rows), dtype=compute)
-    metrics = hidden.new_zeros(2, len(METRICS), dtype=compute)
-    derivative = None
-    if spec.by_sequence:  # its derivative needs the log-probs of all rows
-        for part in _chunks(len(rows), chunk_rows):
-            found = _rows(head, batch, part, keep_weights=False)
-            logp[part] = found.logp
-            if found.entropy is not None:
-                entropy[part] = found.entropy
-        terms = token_terms(logp, batch.old_logp, batch.ref_logp, entropy, chosen, spec)
-        derivative, metrics = terms.derivative, terms.metrics
-    for part in _chunks(len(rows), chunk_rows):
-        if derivative is not None and not wanted:
-            break
-        found = _rows(head, batch, part, keep_weights=wanted and not spec.entropy_coef)
-        by_logp = None if derivative is None else derivative[part]
-        if by_logp is None:
-            logp[part] = found.logp
-            if found.entropy is not None:
-                entropy[part] = found.entropy
-            terms = token_terms(
-                found.logp,
-                batch.old_logp[part],
-                None if batch.ref_logp is None else batch.ref_logp[part],
-                found.entropy,
-                chosen.part(part.start, part.stop),
-                spec,
-            )
-            by_logp, metrics = terms.derivative, metrics + terms.metrics
-        if wanted:
-            _add_gradients(head, batch, part, found, by_logp, chosen, grads)
-    loss = metrics[:, METRICS.index("loss")].sum()
     empty = hidden.new_zeros(0)
+    by_weight, by_bias = source.by_weight, source.by_bias
     return (
-        loss,
-        _scattered(logp, rows, hidden.shape[0]),
-        _scattered(entropy, rows, hidden.shape[0]),
-        metrics,
-        empty if grads.hidden is None else grads.hidden,
-        empty if grads.weight is None else grads.weight.to(weight.dtype),
-        empty if grads.bias is None or bias is None else grads.bias.to(bias.dtype),
+        *_outputs(found, chosen, hidden.shape[0]),
+        empty if source.by_hidden is None else source.by_hidden,
+        empty if by_weight is None else by_weight.to(weight.dtype),
+        empty if by_bias is None or bias is None else by_bias.to(bias.dtype),
     )
 
 
-class _Batch(NamedTuple):
-    """The rows of a call, gathered."""
-
-    x: torch.Tensor
-    targets: torch.Tensor
-    old_logp: torch.Tensor
-    ref_logp: torch.Tensor | None
-    inverse_temperature: torch.Tensor
-
-
-def _inverse(
-    temperature: torch.Tensor | None, rows: torch.Tensor, spec: LossSpec, dtype: torch.dtype
-) -> torch.Tensor:
-    if temperature is not None:
-        return 1 / temperature[rows].to(dtype)
-    return torch.full(rows.shape, 1 / spec.temperature, dtype=dtype, device=rows.device)
-
-
-def _chunks(rows: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
-    """``a @ b``, accumulated and left in ``compute``."""
-    if a.is_cuda and a.dtype is b.dtype and a.dtype in _HALVES:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.to(compute), b.to(compute))
-
-
-def _logits(head: _Head, x: torch.Tensor) -> torch.Tensor:
-    """[C, V] before bias and scale."""
-    return _product(x, head.weight.t(), head.compute)
-
-
-def _finished(head: _Head, logits: torch.Tensor) -> torch.Tensor:
-    """With bias and scale; the Triton kernels add them as they read."""
-    if head.bias is not None:
-        logits += head.bias.to(logits.dtype)
-    return logits if head.spec.logit_scale == 1 else logits.mul_(head.spec.logit_scale)
-
-
-def _operand_dtype(head: _Head) -> torch.dtype:
-    """Of what the gradient's GEMMs read. float16's range is too small for the rows' weights."""
-    half = head.weight.is_cuda and head.weight.dtype is torch.bfloat16
-    return torch.bfloat16 if half else head.compute
-
-
-def _rows(head: _Head, batch: _Batch, part: slice, *, keep_weights: bool) -> Rows:
-    logits = _logits(head, batch.x[part])
-    targets, inverse_temperature = batch.targets[part], batch.inverse_temperature[part]
-    softcap, entropy = head.spec.softcap, head.spec.needs_entropy
-    if not head.triton:
-        logits = _finished(head, logits)
-        return anchored_rows(logits, targets, inverse_temperature, softcap=softcap, entropy=entropy)
-    from .hierarchical_grpo_triton import anchored_rows_triton, in_place_of
-
-    return anchored_rows_triton(
-        logits,
-        targets,
-        inverse_temperature,
-        bias=head.bias,
-        logit_scale=head.spec.logit_scale,
-        softcap=softcap,
-        entropy=entropy,
-        weights=in_place_of(logits, _operand_dtype(head)) if keep_weights else None,
-    )
-
-
-def _through_entropy(
-    head: _Head, batch: _Batch, part: slice, by_logp: torch.Tensor, by_entropy: torch.Tensor
-) -> torch.Tensor:
-    """[C, V]: the gradient by the logits before bias and scale."""
-    logits = _logits(head, batch.x[part])
-    targets, inverse_temperature = batch.targets[part], batch.inverse_temperature[part]
-    softcap = head.spec.softcap
-    if not head.triton:
-        gradients = logit_gradients(
-            _finished(head, logits),
-            targets,
-            inverse_temperature,
-            by_logp,
-            by_entropy,
-            softcap=softcap,
-        )
-        return gradients.mul_(head.spec.logit_scale)
-    from .hierarchical_grpo_triton import in_place_of, logit_gradients_triton
-
-    return logit_gradients_triton(
-        logits,
-        targets,
-        inverse_temperature,
-        by_logp,
-        by_entropy,
-        bias=head.bias,
-        logit_scale=head.spec.logit_scale,
-        softcap=softcap,
-        gradients=in_place_of(logits, _operand_dtype(head)),
-    )
-
-
-def _add_gradients(
-    head: _Head,
-    batch: _Batch,
-    part: slice,
-    found: Rows,
-    by_logp: torch.Tensor,
-    chosen: Selection,
-    grads: _Grads,
-) -> None:
-    """The two GEMMs that carry the rows' gradient back."""
-    x = batch.x[part]
-    if head.spec.entropy_coef:
-        by_entropy = -head.spec.entropy_coef * chosen.term_weight[part].to(head.compute)
-        weights = _through_entropy(head, batch, part, by_logp, by_entropy)
-        scaled = x.to(weights.dtype)
-        scale = None
-    else:
-        weights = found.weights
-        scale = -by_logp * found.factor * head.spec.logit_scale
-        scaled = (x * scale.unsqueeze(1)).to(weights.dtype)
-    if grads.hidden is not None:
-        back = _product(weights, head.weight, head.compute)
-        if scale is not None:
-            back *= scale.unsqueeze(1)
-        grads.hidden[chosen.rows[part]] = back.to(grads.hidden.dtype)
-    if grads.weight is not None:
-        if weights.dtype is head.compute:
-            grads.weight.addmm_(weights.t(), scaled)
-        else:
-            torch.addmm(
-                grads.weight, weights.t(), scaled, out_dtype=torch.float32, out=grads.weight
-            )
-    if grads.bias is not None:
-        columns = weights if scale is None else weights * scale.unsqueeze(1)
-        grads.bias.add_(columns.sum(dim=0, dtype=head.compute))
-
-
-def _scattered(values: torch.Tensor, rows: torch.Tensor, tokens: int) -> torch.Tensor:
-    out = values.new_zeros(tokens)
-    out[rows] = values
-    return out
-
-
-@_fused_linear_grpo_op.register_fake
-def _(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+@torch.library.custom_op("thor_kernels::logits_grpo", mutates_args=())
+def _logits_grpo_op(
+    logits: torch.Tensor,
     targets: torch.Tensor,
     selection: list[torch.Tensor],
     old_logp: torch.Tensor,
@@ -376,31 +279,66 @@ def _(
     spec_text: str,
     chunk_rows: int,
     triton: bool,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    wanted: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    spec, chosen = spec_of(spec_text), Selection(*selection)
+    source = _Given(logits, chosen.rows, wanted)
+    batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, _compute(logits))
+    found = run(
+        source, batch, chosen, spec, chunk_rows=chunk_rows, triton=triton, want_gradient=wanted
+    )
+    by_logits = logits.new_zeros(0) if source.by_logits is None else source.by_logits
+    return (*_outputs(found, chosen, logits.shape[0]), by_logits)
+
+
+def _outputs(
+    found: Found, chosen: Selection, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, log-probs and entropies per token, metrics."""
+    per_token = []
+    for values in (found.logp, found.entropy):
+        whole = values.new_zeros(tokens)
+        whole[chosen.rows] = values
+        per_token.append(whole)
+    return found.metrics[:, METRICS.index("loss")].sum(), *per_token, found.metrics
+
+
+@_fused_linear_grpo_op.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
-    compute = torch.float64 if hidden.dtype is torch.float64 else torch.float32
-    tokens = hidden.shape[0]
+    want_hidden, want_weight, want_bias = rest[-3:]
     return (
-        hidden.new_empty((), dtype=compute),
-        hidden.new_empty(tokens, dtype=compute),
-        hidden.new_empty(tokens, dtype=compute),
-        hidden.new_empty(2, len(METRICS), dtype=compute),
+        *_fake_outputs(hidden),
         hidden.new_empty(hidden.shape if want_hidden else 0),
         weight.new_empty(weight.shape if want_weight else 0),
         bias.new_empty(bias.shape) if want_bias and bias is not None else hidden.new_empty(0),
     )
 
 
-def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+@_logits_grpo_op.register_fake
+def _(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return (*_fake_outputs(logits), logits.new_empty(logits.shape if rest[-1] else 0))
+
+
+def _fake_outputs(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    compute, tokens = _compute(like), like.shape[0]
+    shapes = ((), (tokens,), (tokens,), (LEVELS, len(METRICS)))
+    return tuple(like.new_empty(shape, dtype=compute) for shape in shapes)
+
+
+def _save_head_gradients(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]
+) -> None:
     ctx.save_for_backward(*output[4:])
-    ctx.wanted = inputs[-3:]
-    ctx.parts = len(inputs[4])
+    ctx.wanted, ctx.parts = inputs[-3:], len(inputs[4])
 
 
-def _backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    """Log-probs, entropies and metrics are without gradient: only the loss's arrives here."""
+def _head_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    """Log-probs, entropies and metrics have no gradient: only the loss's arrives here."""
     scaled = [
         grad * by_loss.to(grad.dtype) if wanted else None
         for grad, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
@@ -408,7 +346,21 @@ def _backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     return (*scaled, None, [None] * ctx.parts, *(None,) * 9)
 
 
-_fused_linear_grpo_op.register_autograd(_backward, setup_context=_save_gradients)
+def _save_logits_gradient(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]
+) -> None:
+    ctx.save_for_backward(output[4])
+    ctx.wanted, ctx.parts = inputs[-1], len(inputs[2])
+
+
+def _logits_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+    (grad,) = ctx.saved_tensors
+    scaled = grad * by_loss.to(grad.dtype) if ctx.wanted else None
+    return (scaled, None, [None] * ctx.parts, *(None,) * 7)
+
+
+_fused_linear_grpo_op.register_autograd(_head_backward, setup_context=_save_head_gradients)
+_logits_grpo_op.register_autograd(_logits_backward, setup_context=_save_logits_gradient)
 
 
 def _rows_of(chunk_rows: int | None, vocab: int) -> int:
@@ -419,37 +371,13 @@ def _rows_of(chunk_rows: int | None, vocab: int) -> int:
     return chunk_rows
 
 
-def _text_of(spec: LossSpec) -> str:
-    """As an operator's argument, which is no object of ours."""
-    return json.dumps(asdict(spec))
-
-
-@lru_cache(maxsize=64)
-def _spec_of(text: str) -> LossSpec:
-    values = json.loads(text)
-    values["kl"] = None if values["kl"] is None else KL(**values["kl"])
-    values["sapo_temperatures"] = tuple(values["sapo_temperatures"])
-    return LossSpec(**values)
-
-
-def _check(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    plan: Plan,
-    bias: torch.Tensor | None,
-) -> None:
+def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (V, H) with V >= 1")
-    if hidden.shape != (plan.tokens, weight.shape[1]):
+    if hidden.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)}, expected ({plan.tokens}, {weight.shape[1]}) "
-            "to match the plan and the weight"
-        )
-    if targets.shape != (plan.tokens,) or targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"targets is {targets.dtype} {tuple(targets.shape)}, expected torch.int64 or "
-            f"torch.int32 ({plan.tokens},)"
+            f"hidden has shape {tuple(hidden.shape)}, expected (T, {weight.shape[1]}) to match "
+            f"weight {tuple(weight.shape)}"
         )
     if hidden.dtype not in _DTYPES or weight.dtype is not hidden.dtype:
         raise ValueError(
@@ -458,6 +386,38 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    for name, tensor in {"weight": weight, "targets": targets, "bias": bias}.items():
+    for name, tensor in {"weight": weight, "bias": bias}.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, expected {hidden.device} like hidden")
+
+
+def _check_tokens(
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    plan: Plan,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    temperature: torch.Tensor | None,
+    spec: LossSpec,
+) -> None:
+    if rows.shape[0] != plan.tokens:
+        raise ValueError(f"got {rows.shape[0]} rows, expected the plan's {plan.tokens} tokens")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"targets is {targets.dtype}, expected torch.int64 or torch.int32")
+    if spec.kl is not None and ref_logp is None:
+        raise ValueError("ref_logp is None, expected log-probs of the reference for spec.kl")
+    named = {
+        "targets": targets,
+        "old_logp": old_logp,
+        "ref_logp": ref_logp,
+        "temperature": temperature,
+    }
+    for name, values in named.items():
+        if values is None:
+            continue
+        if values.shape != (plan.tokens,):
+            raise ValueError(
+                f"{name} has shape {tuple(values.shape)}, expected ({plan.tokens},), the plan's"
+            )
+        if values.device != rows.device:
+            raise ValueError(f"{name} is on {values.device}, expected {rows.device} like the rows")

@@ -1,4 +1,4 @@
-"""The loss written down plainly: whole logits, autograd, any dtype. The oracle of all other paths."""
+"""The loss written down plainly: whole logits, autograd, any dtype. The oracle of every path."""
 
 from __future__ import annotations
 

@@ -8,11 +8,13 @@ J. Schulman, "Approximating KL Divergence" (2020).
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Literal
 
-__all__ = ["BUILT_IN_LOSSES", "KL", "LossSpec"]
+__all__ = ["BUILT_IN_LOSSES", "KL", "LossSpec", "spec_of", "text_of"]
 
 BUILT_IN_LOSSES = ("ppo", "cispo", "gspo", "geo_mean", "sapo")
 SEQUENCE_LOSSES = ("gspo", "geo_mean")
@@ -139,3 +141,17 @@ def _check_positive(**values: float) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} is {value}, expected > 0")
+
+
+def text_of(spec: LossSpec) -> str:
+    """As an argument of an operator of torch's, which takes no object of ours."""
+    return json.dumps(asdict(spec))
+
+
+@lru_cache(maxsize=64)
+def spec_of(text: str) -> LossSpec:
+    """What :func:`text_of` wrote."""
+    values = json.loads(text)
+    values["kl"] = None if values["kl"] is None else KL(**values["kl"])
+    values["sapo_temperatures"] = tuple(values["sapo_temperatures"])
+    return LossSpec(**values)

@@ -6,7 +6,7 @@ The sources are the repository's ``kernels/``, which knows nothing of thor_fast.
 
 from __future__ import annotations
 
-from thor_fast.kernels.hierarchical_grpo import LossOutput, fused_linear_grpo
+from thor_fast.kernels.hierarchical_grpo import LossOutput, fused_linear_grpo, logits_grpo
 from thor_fast.kernels.hierarchical_grpo_metrics import Metrics
 from thor_fast.kernels.hierarchical_grpo_plan import Counts, Plan, make_plan
 from thor_fast.kernels.hierarchical_grpo_reference import (
@@ -27,6 +27,7 @@ __all__ = [
     "Plan",
     "fused_linear_grpo",
     "linear_grpo_reference",
+    "logits_grpo",
     "logits_grpo_reference",
     "make_plan",
     "register_loss",

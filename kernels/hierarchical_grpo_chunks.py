@@ -1,0 +1,201 @@
+"""The loop over chunks of rows, whatever the logits come from and whoever takes their gradient.
+
+Legend: N rows that are read, C of a chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from .hierarchical_grpo_plan import LEVELS, Selection
+from .hierarchical_grpo_rows import Rows, anchored_rows, logit_gradients
+from .hierarchical_grpo_spec import LossSpec
+from .hierarchical_grpo_tokens import METRICS, token_terms
+
+__all__ = ["Batch", "Found", "Source", "gather", "run"]
+
+
+class Source(Protocol):
+    """Where logits come from, and where their gradient goes."""
+
+    bias: torch.Tensor | None
+    """[V], not yet in the logits."""
+    weights_dtype: torch.dtype
+    """Of the gradient; no wider than the logits."""
+
+    def logits(self, part: slice) -> torch.Tensor:
+        """[C, V] of these rows, which the caller uses up."""
+        ...
+
+    def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
+        """The gradient of these rows' logits: ``weights`` [C, V], by row times ``scale`` [C]."""
+        ...
+
+
+class Batch(NamedTuple):
+    """What is known of each row before its logits are."""
+
+    targets: torch.Tensor  # [N] int64
+    old_logp: torch.Tensor  # [N]
+    ref_logp: torch.Tensor | None  # [N]
+    inverse_temperature: torch.Tensor  # [N]
+
+    def part(self, rows: slice) -> Batch:
+        """Those of a chunk."""
+        return Batch(*(None if values is None else values[rows] for values in self))  # type: ignore[arg-type]
+
+
+class Found(NamedTuple):
+    """What the loop gives."""
+
+    logp: torch.Tensor  # [N]
+    entropy: torch.Tensor  # [N]; 0 where nobody asks
+    metrics: torch.Tensor  # [2, len(METRICS)]
+
+
+def gather(
+    chosen: Selection,
+    targets: torch.Tensor,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    temperature: torch.Tensor | None,
+    spec: LossSpec,
+    compute: torch.dtype,
+) -> Batch:
+    """The rows of a selection, from values per token of the batch."""
+    rows = chosen.rows
+    if temperature is None:
+        inverse = torch.full(rows.shape, 1 / spec.temperature, dtype=compute, device=rows.device)
+    else:
+        inverse = 1 / temperature[rows].to(compute)
+    return Batch(
+        targets=targets[rows].long(),
+        old_logp=old_logp[rows].to(compute),
+        ref_logp=None if ref_logp is None else ref_logp[rows].to(compute),
+        inverse_temperature=inverse,
+    )
+
+
+def run(
+    source: Source,
+    batch: Batch,
+    chosen: Selection,
+    spec: LossSpec,
+    *,
+    chunk_rows: int,
+    triton: bool,
+    want_gradient: bool,
+) -> Found:
+    """Log-probs, entropies and metrics of all rows; the gradient goes to the source.
+
+    A loss by sequence needs the log-probs of all rows before it knows any derivative: then logits
+    are computed twice where a gradient is wanted.
+    """
+    rows = len(chosen.rows)
+    logp = torch.zeros_like(batch.old_logp)
+    found = Found(logp, torch.zeros_like(logp), logp.new_zeros(LEVELS, len(METRICS)))
+    parts = [slice(at, min(at + chunk_rows, rows)) for at in range(0, rows, chunk_rows)]
+    derivative = None
+    if spec.by_sequence:
+        for part in parts:
+            _note(found, part, _rows(source, batch, part, spec, triton, keep_weights=False))
+        terms = token_terms(found.logp, batch.old_logp, batch.ref_logp, found.entropy, chosen, spec)
+        derivative, found = terms.derivative, found._replace(metrics=terms.metrics)
+        if not want_gradient:
+            return found
+    for part in parts:
+        # With a gradient through the entropy a row's weights are known after its derivatives only.
+        keep = want_gradient and not spec.entropy_coef
+        here = _rows(source, batch, part, spec, triton, keep_weights=keep)
+        if derivative is None:
+            _note(found, part, here)
+            mine, ours = batch.part(part), chosen.part(part.start, part.stop)
+            terms = token_terms(here.logp, mine.old_logp, mine.ref_logp, here.entropy, ours, spec)
+            found = found._replace(metrics=found.metrics + terms.metrics)
+            by_logp = terms.derivative
+        else:
+            by_logp = derivative[part]
+        if keep:
+            source.take(part, here.weights, -by_logp * here.factor * spec.logit_scale)
+        elif want_gradient:
+            by_entropy = -spec.entropy_coef * chosen.term_weight[part].to(by_logp.dtype)
+            gradient = _through_entropy(source, batch, part, spec, triton, by_logp, by_entropy)
+            source.take(part, gradient, None)
+    return found
+
+
+def _note(found: Found, part: slice, here: Rows) -> None:
+    found.logp[part] = here.logp
+    if here.entropy is not None:
+        found.entropy[part] = here.entropy
+
+
+def _finished(logits: torch.Tensor, source: Source, spec: LossSpec) -> torch.Tensor:
+    """With bias and scale; the Triton kernels add them as they read."""
+    if source.bias is not None:
+        logits = logits + source.bias.to(logits.dtype)
+    return logits if spec.logit_scale == 1 else logits * spec.logit_scale
+
+
+def _rows(
+    source: Source, batch: Batch, part: slice, spec: LossSpec, triton: bool, *, keep_weights: bool
+) -> Rows:
+    logits, mine = source.logits(part), batch.part(part)
+    if not triton:
+        return anchored_rows(
+            _finished(logits, source, spec),
+            mine.targets,
+            mine.inverse_temperature,
+            softcap=spec.softcap,
+            entropy=spec.needs_entropy,
+        )
+    from .hierarchical_grpo_triton import anchored_rows_triton, in_place_of
+
+    return anchored_rows_triton(
+        logits,
+        mine.targets,
+        mine.inverse_temperature,
+        bias=source.bias,
+        logit_scale=spec.logit_scale,
+        softcap=spec.softcap,
+        entropy=spec.needs_entropy,
+        weights=in_place_of(logits, source.weights_dtype) if keep_weights else None,
+    )
+
+
+def _through_entropy(
+    source: Source,
+    batch: Batch,
+    part: slice,
+    spec: LossSpec,
+    triton: bool,
+    by_logp: torch.Tensor,
+    by_entropy: torch.Tensor,
+) -> torch.Tensor:
+    """[C, V]: the gradient by the source's logits."""
+    logits, mine = source.logits(part), batch.part(part)
+    if not triton:
+        gradient = logit_gradients(
+            _finished(logits, source, spec),
+            mine.targets,
+            mine.inverse_temperature,
+            by_logp,
+            by_entropy,
+            softcap=spec.softcap,
+        )
+        return gradient.mul_(spec.logit_scale)
+    from .hierarchical_grpo_triton import in_place_of, logit_gradients_triton
+
+    return logit_gradients_triton(
+        logits,
+        mine.targets,
+        mine.inverse_temperature,
+        by_logp,
+        by_entropy,
+        bias=source.bias,
+        logit_scale=spec.logit_scale,
+        softcap=spec.softcap,
+        gradients=in_place_of(logits, source.weights_dtype),
+    )
