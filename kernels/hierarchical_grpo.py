@@ -197,7 +197,7 @@ class _Head:
 class _Given:
     """Logits that the caller holds."""
 
-    bias = None
+    bias: torch.Tensor | None = None
 
     def __init__(self, logits: torch.Tensor, rows: torch.Tensor, wanted: bool) -> None:
         self._logits = logits
@@ -295,12 +295,9 @@ def _outputs(
     found: Found, chosen: Selection, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss, log-probs and entropies per token, metrics."""
-    per_token = []
-    for values in (found.logp, found.entropy):
-        whole = values.new_zeros(tokens)
-        whole[chosen.rows] = values
-        per_token.append(whole)
-    return found.metrics[:, METRICS.index("loss")].sum(), *per_token, found.metrics
+    logp, entropy = (values.new_zeros(tokens) for values in (found.logp, found.entropy))
+    logp[chosen.rows], entropy[chosen.rows] = found.logp, found.entropy
+    return found.metrics[:, METRICS.index("loss")].sum(), logp, entropy, found.metrics
 
 
 @_fused_linear_grpo_op.register_fake

@@ -49,7 +49,7 @@ class Counts(NamedTuple):
     sequences: tuple[float, float]  # with at least one such token
     positive_tokens: tuple[float, float]  # of positive advantage
 
-    def __add__(self, other: object) -> Counts:  # type: ignore[override]
+    def __add__(self, other: object) -> Counts:
         """Element by element: over micro-batches, or over ranks."""
         if not isinstance(other, Counts):
             return NotImplemented
