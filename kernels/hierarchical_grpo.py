@@ -14,18 +14,22 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
+    _resolve_process_group,
+)
 
 from .hierarchical_grpo_chunks import Found, gather, run
 from .hierarchical_grpo_metrics import Metrics
 from .hierarchical_grpo_plan import LEVELS, Plan, Selection
+from .hierarchical_grpo_sources import Given, Head, compute_dtype
 from .hierarchical_grpo_spec import LossSpec, spec_of, text_of
 from .hierarchical_grpo_tokens import METRICS, depends_on_advantage
 from .selected_logprob import Impl, use_triton
 
 __all__ = ["LossOutput", "fused_linear_grpo", "logits_grpo"]
 
-_HALVES = (torch.bfloat16, torch.float16)
-_DTYPES = (torch.float32, *_HALVES, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Large enough that a GEMM over one chunk runs at full rate.
 _CHUNK_LOGITS_BYTES = 2**32
 _MOST_CHUNK_ROWS = 8192
@@ -54,6 +58,7 @@ def fused_linear_grpo(
     spec: LossSpec | None = None,
     bias: torch.Tensor | None = None,
     temperature: torch.Tensor | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
     impl: Impl = "auto",
 ) -> LossOutput:
@@ -71,6 +76,9 @@ def fused_linear_grpo(
         spec: the loss; default ``LossSpec()``.
         bias: [V] float, of the head.
         temperature: [T] float > 0: divides the logits in place of ``spec.temperature``.
+        vocab_group: the head is split over these ranks, each of which has as many of its rows, in
+            the order of ranks, in ``weight`` and ``bias``; all else is the same on all of them.
+            Sums are reduced, the gradient of ``hidden`` included.
         chunk_rows: rows whose logits exist at once; default: what fits 4 GiB, at most 8192.
         impl: ``triton`` needs CUDA or ``TRITON_INTERPRET=1``; ``auto`` takes it where tensors are
             on CUDA and ``reference`` elsewhere.
@@ -79,6 +87,11 @@ def fused_linear_grpo(
         ValueError: a shape, dtype, device or setting does not fit; the message says which.
     """
     spec = LossSpec() if spec is None else spec
+    if vocab_group is not None and spec.entropy_coef:
+        raise ValueError(
+            f"entropy_coef is {spec.entropy_coef} with a vocab_group, expected 0: the entropy's "
+            "gradient is not computed over a split vocabulary"
+        )
     _check_head(hidden, weight, bias)
     _check_tokens(hidden, targets, plan, old_logp, ref_logp, temperature, spec)
     selection = plan.select(spec, depends_on_advantage=depends_on_advantage(spec.kind))
@@ -93,6 +106,7 @@ def fused_linear_grpo(
         ref_logp,
         temperature,
         text_of(spec),
+        "" if vocab_group is None else vocab_group.group_name,
         _rows_of(chunk_rows, weight.shape[0]),
         use_triton(impl, hidden.device),
         grad and hidden.requires_grad,
@@ -142,84 +156,6 @@ def logits_grpo(
     return LossOutput(loss, logp, entropy, Metrics(metrics, plan))
 
 
-class _Head:
-    """Logits from hidden states; their gradient goes back to these and to the head."""
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        rows: torch.Tensor,
-        wanted: tuple[bool, bool, bool],
-    ) -> None:
-        self._compute = _compute(hidden)
-        self._x = hidden[rows]
-        self._weight = weight
-        self.bias = bias
-        self._rows = rows
-        # float16's range is too small for the rows' weights.
-        half = weight.is_cuda and weight.dtype is torch.bfloat16
-        self.weights_dtype = torch.bfloat16 if half else self._compute
-        vocab = weight.shape[0]
-        self.by_hidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
-        self.by_weight = weight.new_zeros(weight.shape, dtype=self._compute) if wanted[1] else None
-        self.by_bias = weight.new_zeros(vocab, dtype=self._compute) if wanted[2] else None
-
-    def logits(self, part: slice) -> torch.Tensor:
-        return self._product(self._x[part], self._weight.t())
-
-    def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
-        column = None if scale is None else scale.unsqueeze(1)
-        if self.by_hidden is not None:
-            back = self._product(weights, self._weight)
-            back = back if column is None else back * column
-            self.by_hidden[self._rows[part]] = back.to(self.by_hidden.dtype)
-        if self.by_weight is not None:
-            x = self._x[part]
-            scaled = (x if column is None else x * column).to(weights.dtype)
-            if weights.dtype is self._compute:
-                self.by_weight.addmm_(weights.t(), scaled)
-            else:
-                out = self.by_weight
-                torch.addmm(out, weights.t(), scaled, out_dtype=torch.float32, out=out)
-        if self.by_bias is not None:
-            scaled = weights if column is None else weights * column
-            self.by_bias.add_(scaled.sum(dim=0, dtype=self._compute))
-
-    def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """``a @ b``, accumulated and left in the dtype of the computation."""
-        if a.is_cuda and a.dtype is b.dtype and a.dtype in _HALVES:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return torch.mm(a.to(self._compute), b.to(self._compute))
-
-
-class _Given:
-    """Logits that the caller holds."""
-
-    bias: torch.Tensor | None = None
-
-    def __init__(self, logits: torch.Tensor, rows: torch.Tensor, wanted: bool) -> None:
-        self._logits = logits
-        self._rows = rows
-        self.weights_dtype = _compute(logits)
-        self.by_logits = torch.zeros_like(logits) if wanted else None
-
-    def logits(self, part: slice) -> torch.Tensor:
-        # An index makes a copy, as does the conversion: what comes out may be used up.
-        return self._logits[self._rows[part]].to(self.weights_dtype)
-
-    def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
-        assert self.by_logits is not None
-        gradient = weights if scale is None else weights * scale.unsqueeze(1)
-        self.by_logits[self._rows[part]] = gradient.to(self.by_logits.dtype)
-
-
-def _compute(like: torch.Tensor) -> torch.dtype:
-    """Of logits, log-probs and losses."""
-    return torch.float64 if like.dtype is torch.float64 else torch.float32
-
-
 @torch.library.custom_op("thor_kernels::fused_linear_grpo", mutates_args=())
 def _fused_linear_grpo_op(
     hidden: torch.Tensor,
@@ -231,6 +167,7 @@ def _fused_linear_grpo_op(
     ref_logp: torch.Tensor | None,
     temperature: torch.Tensor | None,
     spec_text: str,
+    group_name: str,
     chunk_rows: int,
     triton: bool,
     want_hidden: bool,
@@ -247,8 +184,9 @@ def _fused_linear_grpo_op(
 ]:
     spec, chosen = spec_of(spec_text), Selection(*selection)
     wanted = (want_hidden, want_weight, want_bias)
-    source = _Head(hidden, weight, bias, chosen.rows, wanted)
-    batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, _compute(hidden))
+    group = _group_of(group_name)
+    source = Head(hidden, weight, bias, chosen.rows, group, wanted)
+    batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, compute_dtype(hidden))
     found = run(
         source,
         batch,
@@ -282,8 +220,8 @@ def _logits_grpo_op(
     wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     spec, chosen = spec_of(spec_text), Selection(*selection)
-    source = _Given(logits, chosen.rows, wanted)
-    batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, _compute(logits))
+    source = Given(logits, chosen.rows, wanted)
+    batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, compute_dtype(logits))
     found = run(
         source, batch, chosen, spec, chunk_rows=chunk_rows, triton=triton, want_gradient=wanted
     )
@@ -322,7 +260,7 @@ def _(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
 
 
 def _fake_outputs(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    compute, tokens = _compute(like), like.shape[0]
+    compute, tokens = compute_dtype(like), like.shape[0]
     shapes = ((), (tokens,), (tokens,), (LEVELS, len(METRICS)))
     return tuple(like.new_empty(shape, dtype=compute) for shape in shapes)
 
@@ -340,7 +278,7 @@ def _head_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
         grad * by_loss.to(grad.dtype) if wanted else None
         for grad, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     ]
-    return (*scaled, None, [None] * ctx.parts, *(None,) * 9)
+    return (*scaled, None, [None] * ctx.parts, *(None,) * 10)
 
 
 def _save_logits_gradient(
@@ -358,6 +296,11 @@ def _logits_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...
 
 _fused_linear_grpo_op.register_autograd(_head_backward, setup_context=_save_head_gradients)
 _logits_grpo_op.register_autograd(_logits_backward, setup_context=_save_logits_gradient)
+
+
+def _group_of(name: str) -> dist.ProcessGroup | None:
+    """An operator of torch's takes no group, only its name."""
+    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
 def _rows_of(chunk_rows: int | None, vocab: int) -> int:

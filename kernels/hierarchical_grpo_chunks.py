@@ -10,7 +10,14 @@ from typing import NamedTuple, Protocol
 import torch
 
 from .hierarchical_grpo_plan import LEVELS, Selection
-from .hierarchical_grpo_rows import Rows, anchored_rows, logit_gradients
+from .hierarchical_grpo_rows import (
+    Rows,
+    Shard,
+    anchors_of,
+    finish_rows,
+    logit_gradients,
+    row_sums,
+)
 from .hierarchical_grpo_spec import LossSpec
 from .hierarchical_grpo_tokens import METRICS, token_terms
 
@@ -24,6 +31,7 @@ class Source(Protocol):
     """[V], not yet in the logits."""
     weights_dtype: torch.dtype
     """Of the gradient; no wider than the logits."""
+    shard: Shard
 
     def logits(self, part: slice) -> torch.Tensor:
         """[C, V] of these rows, which the caller uses up."""
@@ -143,25 +151,37 @@ def _rows(
     source: Source, batch: Batch, part: slice, spec: LossSpec, triton: bool, *, keep_weights: bool
 ) -> Rows:
     logits, mine = source.logits(part), batch.part(part)
-    if not triton:
-        return anchored_rows(
+    anchors = anchors_of(
+        logits, mine.targets, source.shard, source.bias, spec.logit_scale, spec.softcap
+    )
+    if triton:
+        from .hierarchical_grpo_triton import in_place_of, row_sums_triton
+
+        sums = row_sums_triton(
+            logits,
+            anchors,
+            mine.inverse_temperature,
+            bias=source.bias,
+            logit_scale=spec.logit_scale,
+            softcap=spec.softcap,
+            entropy=spec.needs_entropy,
+            weights=in_place_of(logits, source.weights_dtype) if keep_weights else None,
+        )
+    else:
+        sums = row_sums(
             _finished(logits, source, spec),
-            mine.targets,
+            anchors,
             mine.inverse_temperature,
             softcap=spec.softcap,
             entropy=spec.needs_entropy,
         )
-    from .hierarchical_grpo_triton import anchored_rows_triton, in_place_of
-
-    return anchored_rows_triton(
-        logits,
-        mine.targets,
+    return finish_rows(
+        sums,
+        anchors,
         mine.inverse_temperature,
-        bias=source.bias,
-        logit_scale=spec.logit_scale,
+        source.shard,
         softcap=spec.softcap,
-        entropy=spec.needs_entropy,
-        weights=in_place_of(logits, source.weights_dtype) if keep_weights else None,
+        keep_weights=keep_weights,
     )
 
 

@@ -1,6 +1,4 @@
-"""The vocabulary's stage in plain torch: log-prob, entropy and gradient of each row of logits.
-
-The twin of the Triton row kernels, and the path on CPU.
+"""The vocabulary's stage: log-prob, entropy and gradient of each row of logits.
 
 The softmax is anchored at the target ``y``: with ``d_j = (z_j - z_y) / temperature``, ``e_j =
 exp(d_j)`` and ``S`` the sum of ``e_j`` over ``j != y``,
@@ -10,10 +8,14 @@ exp(d_j)`` and ``S`` the sum of ``e_j`` over ``j != y``,
 
 so ``logp`` is never positive, nothing cancels as p goes to 1, a common offset of the logits is gone
 before it can round anything away, and the row's factor ``c`` stays outside of the GEMMs that read
-``E``. Where the largest ``e_j`` would pass 2^86 the row is shifted by a power of two ``k``: ``E``
-holds ``2^-k`` times the above, and ``c = 1 / (temperature (2^-k + 2^-k S))``.
+``E``. Sums over parts of a vocabulary simply add, with no maximum to agree on first. Where the
+largest ``e_j`` would pass 2^86 the row is shifted by a power of two ``k``: ``E`` and ``S`` are held
+times ``2^-k``. A target that is out of the distribution (-inf) is no anchor: 0 is, and ``k`` is
+whatever the largest ``e_j`` needs.
 
-Legend: C rows of a chunk, V vocabulary.
+:func:`row_sums` is the twin of the Triton kernel, and the path on CPU.
+
+Legend: C rows of a chunk, V vocabulary (of this shard, where it is split), R shards.
 """
 
 from __future__ import annotations
@@ -22,102 +24,215 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
-__all__ = ["IGNORED_TARGET", "Rows", "anchored_rows", "logit_gradients"]
+__all__ = [
+    "IGNORED_TARGET",
+    "NO_SHIFT_YET",
+    "Anchors",
+    "Rows",
+    "Shard",
+    "Sums",
+    "anchors_of",
+    "finish_rows",
+    "logit_gradients",
+    "row_sums",
+]
 
 IGNORED_TARGET = -100
 """Target of a row that is not asked about, as in ``torch.nn.functional.cross_entropy``."""
 
+NO_SHIFT_YET = -1e30
+"""Of a row without anchor, until its largest entry is known: any shift is above it."""
+
 _LOG2E = math.log2(math.e)
+_LN2 = math.log(2)
 _MOST_POWER = 86.0
 """Of two: the sum of a large vocabulary's squares still fits float32."""
 
 
+class Shard(NamedTuple):
+    """Which columns of the vocabulary are here."""
+
+    start: int
+    vocab: int  # of all shards
+    group: dist.ProcessGroup | None  # None: there is no other shard
+
+
+class Anchors(NamedTuple):
+    """Of each row [C]."""
+
+    column: torch.Tensor  # int64: the target's, in this shard; -1 where it is not here
+    logit: torch.Tensor  # finished; 0 where the target is out of the distribution
+    lost: torch.Tensor  # bool: it is
+    ignored: torch.Tensor  # bool: nobody asks
+    outside: torch.Tensor  # bool: the target is in no shard
+
+
+class Sums(NamedTuple):
+    """Of each row over this shard, held times ``2^-shift``."""
+
+    total: torch.Tensor  # [C]: S
+    moment: torch.Tensor | None  # [C]: sum of e_j d_j, in nats
+    shift: torch.Tensor  # [C], whole numbers
+    weights: torch.Tensor  # [C, V]: E without the target's, times the softcap's slope
+
+
 class Rows(NamedTuple):
-    """Of each row; ``weights`` in the place of the logits."""
+    """Of each row; ``d logp / d logits`` is ``-factor`` times ``weights``."""
 
     logp: torch.Tensor  # [C]
     entropy: torch.Tensor | None  # [C], in nats
-    weights: torch.Tensor  # [C, V]: E above, times the slope of the softcap
-    factor: torch.Tensor  # [C]: c above
+    weights: torch.Tensor  # [C, V]
+    factor: torch.Tensor  # [C]
 
 
-def anchored_rows(
+def anchors_of(
     logits: torch.Tensor,
     targets: torch.Tensor,
+    shard: Shard,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+) -> Anchors:
+    """The targets' logits after bias, scale and softcap, wherever their shard is."""
+    local = targets - shard.start
+    here = (local >= 0) & (local < logits.shape[1])
+    column = torch.where(here, local, 0)
+    logit = logits.gather(1, column.unsqueeze(1)).squeeze(1)
+    logit = logit.to(torch.promote_types(logits.dtype, torch.float32))
+    if bias is not None:
+        logit = logit + bias[column].to(logit.dtype)
+    logit = logit * logit_scale
+    if softcap is not None:
+        logit = torch.where(logit == -torch.inf, logit, torch.tanh(logit / softcap) * softcap)
+    logit = torch.where(here, logit, 0.0)
+    if shard.group is not None:
+        dist.all_reduce(logit, group=shard.group)
+    lost = logit == -torch.inf
+    return Anchors(
+        column=torch.where(here, local, -1),
+        logit=torch.where(lost, 0.0, logit),
+        lost=lost,
+        ignored=targets == IGNORED_TARGET,
+        outside=(targets < 0) | (targets >= shard.vocab),
+    )
+
+
+def row_sums(
+    logits: torch.Tensor,
+    anchors: Anchors,
     inverse_temperature: torch.Tensor,
     *,
     softcap: float | None,
     entropy: bool,
-) -> Rows:
-    """Log-prob of ``targets`` [C] int64 under ``logits`` [C, V], which are used up.
-
-    A row whose target is ``IGNORED_TARGET`` has log-prob, entropy and gradient 0; one whose target
-    is outside of the vocabulary NaN. Entries of -inf are out of the distribution; a target at -inf
-    gives -inf; NaN or +inf in a row gives NaN.
-    """
+) -> Sums:
+    """Of ``logits`` [C, V], after bias and scale, which are used up."""
     slope = None
     if softcap is not None:
         capped = torch.tanh(logits / softcap)
         slope = torch.where(logits == -torch.inf, 0.0, 1 - capped * capped)
         logits = torch.where(logits == -torch.inf, logits, capped * softcap)
-    column = torch.where((targets >= 0) & (targets < logits.shape[1]), targets, 0).unsqueeze(1)
-    anchor = logits.gather(1, column)
-    distance = (logits - anchor) * inverse_temperature.unsqueeze(1)
-    distance.scatter_(1, column, -torch.inf)
-    top = distance.amax(dim=1) * _LOG2E
-    shift = torch.where(top > _MOST_POWER, top.ceil(), 0.0)  # a power of two
-    shift = torch.where(torch.isfinite(shift), shift, 0.0)
-    weights = torch.exp2(distance * _LOG2E - shift.unsqueeze(1))
+    distance = (logits - anchors.logit.unsqueeze(1)) * (inverse_temperature * _LOG2E).unsqueeze(1)
+    column = anchors.column.unsqueeze(1)
+    own = column == torch.arange(logits.shape[1], device=logits.device)
+    distance = torch.where(own, -torch.inf, distance)
+    top = distance.amax(dim=1)
+    guarded = torch.where(top > _MOST_POWER, top.ceil(), 0.0)
+    shift = torch.where(anchors.lost, top.ceil(), guarded)
+    shift = torch.where(shift == -torch.inf, NO_SHIFT_YET, shift)
+    shift = torch.where(shift < torch.inf, shift, 0.0)  # the sums are to show inf and NaN
+    weights = torch.exp2(distance - shift.unsqueeze(1))
     total = weights.sum(dim=1)
-    one = torch.exp2(-shift)
-    logp = torch.where(
-        shift > 0, -(torch.log(one + total) + shift * math.log(2)), -torch.log1p(total)
-    )
-    entropy_rows = None
+    moment = None
     if entropy:
-        finite = torch.where(weights > 0, distance, 0.0)
-        entropy_rows = -logp - (weights * finite).sum(dim=1) / (one + total)
-    weights.scatter_(1, column, -total.unsqueeze(1))
-    rows = Rows(logp, entropy_rows, weights, inverse_temperature / (one + total))
-    impossible = (anchor.squeeze(1) == -torch.inf).nonzero().squeeze(1)
-    if len(impossible):
-        _by_plain_softmax(rows, impossible, logits, column, inverse_temperature)
-        top[impossible] = 0.0
+        moment = (weights * torch.where(weights > 0, distance, 0.0)).sum(dim=1) * _LN2
     if slope is not None:
-        weights.mul_(slope)
-    broken = ~((anchor.squeeze(1) < torch.inf) & (top < torch.inf))
-    return _with_special_rows(rows, targets, broken)
+        weights = weights * slope
+    return Sums(total, moment, shift, weights.masked_fill_(anchors.ignored.unsqueeze(1), 0.0))
 
 
-def _by_plain_softmax(
-    rows: Rows,
-    which: torch.Tensor,
-    logits: torch.Tensor,
-    column: torch.Tensor,
+def finish_rows(
+    sums: Sums,
+    anchors: Anchors,
     inverse_temperature: torch.Tensor,
+    shard: Shard,
+    *,
+    softcap: float | None,
+    keep_weights: bool,
+) -> Rows:
+    """Add the shards up, and put the targets' own weights in their places.
+
+    An ignored row has log-prob, entropy and gradient 0. A target outside of the vocabulary, NaN or
+    +inf in a row, or nothing but -inf, gives NaN; a target at -inf gives -inf.
+    """
+    whole, shift = sums, sums.shift
+    if shard.group is not None:
+        whole = _over_shards(sums, shard.group)
+        shift = whole.shift
+    one = torch.where(anchors.lost, 0.0, torch.exp2(-shift))
+    denominator = one + whole.total
+    log_whole = torch.where(
+        shift == 0, torch.log1p(whole.total), torch.log(denominator) + shift * _LN2
+    )
+    log_whole = torch.where(anchors.lost, torch.log(denominator) + shift * _LN2, log_whole)
+    broken = ~(whole.total < torch.inf) | ~(anchors.logit < torch.inf) | (denominator == 0)
+    logp = torch.where(anchors.lost, -torch.inf, -log_whole)
+    logp = _special(logp, broken, anchors)
+    entropy = None
+    if whole.moment is not None:
+        entropy = _special(log_whole - whole.moment / denominator, broken, anchors)
+    factor = torch.where(anchors.ignored, 0.0, inverse_temperature / denominator)
+    if keep_weights:
+        _align(sums.weights, sums.shift - shift)
+        _set_targets(sums.weights, anchors, -whole.total, softcap)
+    return Rows(logp, entropy, sums.weights, factor)
+
+
+def _special(values: torch.Tensor, broken: torch.Tensor, anchors: Anchors) -> torch.Tensor:
+    values = torch.where(broken | anchors.outside, torch.nan, values)
+    return torch.where(anchors.ignored, 0.0, values)
+
+
+def _over_shards(sums: Sums, group: dist.ProcessGroup) -> Sums:
+    """One SUM of slots, so that every shard adds the same numbers in the same order."""
+    mine = torch.stack(
+        [
+            sums.total,
+            torch.zeros_like(sums.total) if sums.moment is None else sums.moment,
+            sums.shift,
+        ]
+    )
+    slots = mine.new_zeros(dist.get_world_size(group), *mine.shape)
+    slots[dist.get_rank(group)] = mine
+    dist.all_reduce(slots, group=group)
+    total, moment, shift = slots.unbind(dim=1)  # each [R, C]
+    highest = shift.amax(dim=0)
+    lower = torch.exp2(shift - highest)
+    return Sums(
+        total=(total * lower).sum(dim=0),
+        moment=None if sums.moment is None else (moment * lower).sum(dim=0),
+        shift=highest,
+        weights=sums.weights,
+    )
+
+
+def _align(weights: torch.Tensor, by: torch.Tensor) -> None:
+    """Give rows whose shard is held at another power of two the one of the whole. Rare."""
+    if weights.is_cuda or bool((by != 0).any()):
+        weights.mul_(torch.exp2(by).unsqueeze(1).to(weights.dtype))
+
+
+def _set_targets(
+    weights: torch.Tensor, anchors: Anchors, own: torch.Tensor, softcap: float | None
 ) -> None:
-    """Where the target is out of the distribution, and so no anchor: as ``log_softmax`` does."""
-    scores = torch.log_softmax(logits[which] * inverse_temperature[which, None], dim=1)
-    chances = scores.exp()
-    rows.logp[which] = scores.gather(1, column[which]).squeeze(1)
-    rows.weights[which] = chances.scatter(1, column[which], -1.0)
-    rows.factor[which] = inverse_temperature[which]
-    if rows.entropy is not None:
-        rows.entropy[which] = -(chances * torch.where(chances > 0, scores, 0.0)).sum(dim=1)
-
-
-def _with_special_rows(rows: Rows, targets: torch.Tensor, broken: torch.Tensor) -> Rows:
-    vocab = rows.weights.shape[1]
-    outside = (targets < 0) | (targets >= vocab) | broken
-    logp = torch.where(outside, torch.nan, rows.logp)
-    ignored = targets == IGNORED_TARGET
-    rows.weights.masked_fill_(ignored.unsqueeze(1), 0.0)
-    entropy = rows.entropy
-    if entropy is not None:
-        entropy = torch.where(ignored, 0.0, torch.where(outside, torch.nan, entropy))
-    factor = torch.where(ignored, 0.0, rows.factor)
-    return Rows(torch.where(ignored, 0.0, logp), entropy, rows.weights, factor)
+    if softcap is not None:
+        slope = 1 - (anchors.logit / softcap).square()
+        own = own * torch.where(anchors.lost, 0.0, slope)
+    here = (anchors.column >= 0) & ~anchors.ignored
+    column = torch.where(here, anchors.column, 0).unsqueeze(1)
+    present = weights.gather(1, column).squeeze(1)
+    weights.scatter_(1, column, torch.where(here, own.to(weights.dtype), present).unsqueeze(1))
 
 
 def logit_gradients(

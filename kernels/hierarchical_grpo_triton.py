@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from .hierarchical_grpo_rows import IGNORED_TARGET, Rows
+from .hierarchical_grpo_rows import IGNORED_TARGET, NO_SHIFT_YET, Anchors, Sums
 
 __all__ = [
     "INTERPRETED",
-    "anchored_rows_kernel",
-    "anchored_rows_triton",
+    "in_place_of",
     "logit_gradients_kernel",
     "logit_gradients_triton",
+    "row_sums_kernel",
+    "row_sums_triton",
 ]
 
 # 4096 float32 over 8 warps are four 128-bit loads per thread in flight.
@@ -60,89 +61,43 @@ def _load_logits(
 
 
 @triton.jit
-def _log1p(x):
-    """The quotient takes out the rounding of 1 + x; libdevice's is missing from the interpreter."""
-    one_plus = 1.0 + x
-    rounding = tl.where(one_plus == 1.0, 1.0, one_plus - 1.0)
-    return tl.where(one_plus == 1.0, x, tl.log(one_plus) * (x / rounding))
-
-
-@triton.jit
-def _anchor(logits_ptr, bias_ptr, target, logit_scale, softcap, has_softcap: tl.constexpr):
-    anchor = tl.load(logits_ptr + target).to(tl.float32)
-    if bias_ptr is not None:
-        anchor += tl.load(bias_ptr + target).to(tl.float32)
-    anchor *= logit_scale
-    if has_softcap:
-        capped = (2.0 * tl.sigmoid(2.0 * anchor / softcap) - 1.0) * softcap
-        anchor = tl.where(anchor == float("-inf"), anchor, capped)
-    return anchor
-
-
-@triton.jit
-def anchored_rows_kernel(
+def row_sums_kernel(
     logits_ptr,  # [C, V] float32, bfloat16 or float16, rows row_stride apart
     weights_ptr,  # [C, V], rows weights_stride apart; may begin where the logits do; or None
-    targets_ptr,  # [C] int64
+    column_ptr,  # [C] int64: the target's, or -1
+    anchor_ptr,  # [C] float32
+    lost_ptr,  # [C] uint8
+    ignored_ptr,  # [C] uint8
     inverse_temperature_ptr,  # [C] float32
     bias_ptr,  # [V], or None
-    logp_ptr,  # [C] float32
-    entropy_ptr,  # [C] float32, or None
-    factor_ptr,  # [C] float32
+    total_ptr,  # [C] float32
+    moment_ptr,  # [C] float32, or None
+    shift_ptr,  # [C] float32
     row_stride,
     weights_stride,
     vocab,
     logit_scale,
     softcap,
     has_softcap: tl.constexpr,
-    ignored: tl.constexpr,
+    no_shift_yet: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Log-prob, entropy and factor of a row; its weights in the place of its logits."""
+    """A row's sums, and its weights in the place of its logits; the target's are not set."""
     # int64 before the product: C * V passes 2^31 at a few thousand rows of a large vocabulary.
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
     logits_ptr += row * row_stride
     if weights_ptr is not None:
         weights_ptr += row * weights_stride
+    target = tl.load(column_ptr + row)
+    anchor = tl.load(anchor_ptr + row)
+    lost = tl.load(lost_ptr + row) != 0
+    wanted = tl.load(ignored_ptr + row) == 0
+    scale = tl.load(inverse_temperature_ptr + row) * _LOG2E
     lanes = tl.arange(0, block)
-    asked = (target >= 0) & (target < vocab)
-    if not asked:
-        value = tl.where(target == ignored, 0.0, float("nan"))
-        tl.store(logp_ptr + row, value)
-        tl.store(factor_ptr + row, value)
-        if entropy_ptr is not None:
-            tl.store(entropy_ptr + row, value)
-        if weights_ptr is not None:
-            for start in range(0, vocab, block):
-                columns = start + lanes
-                zeros = tl.zeros((block,), dtype=tl.float32)
-                tl.store(
-                    weights_ptr + columns,
-                    zeros.to(weights_ptr.dtype.element_ty),
-                    mask=columns < vocab,
-                )
-        return
 
-    inverse_temperature = tl.load(inverse_temperature_ptr + row)
-    scale = inverse_temperature * _LOG2E
-    anchor = _anchor(logits_ptr, bias_ptr, target, logit_scale, softcap, has_softcap)
-    # A target out of the distribution is no anchor; the row's largest logit takes its place.
-    lost = anchor == float("-inf")
-    if lost:
-        top = tl.full((block,), float("-inf"), dtype=tl.float32)
-        for start in range(0, vocab, block):
-            columns = start + lanes
-            logit, _ = _load_logits(
-                logits_ptr, bias_ptr, columns, columns < vocab, logit_scale, softcap, has_softcap
-            )
-            top = tl.maximum(top, logit)
-        anchor = tl.max(top, axis=0)
-
-    shift = 0.0
+    shift = tl.where(lost, no_shift_yet, 0.0)
     partial = tl.zeros((block,), dtype=tl.float32)
     moment = tl.zeros((block,), dtype=tl.float32)
-    broken = anchor == float("inf")
     for start in range(0, vocab, block):
         columns = start + lanes
         inside = columns < vocab
@@ -150,11 +105,11 @@ def anchored_rows_kernel(
             logits_ptr, bias_ptr, columns, inside, logit_scale, softcap, has_softcap
         )
         distance = tl.where(columns == target, float("-inf"), (logit - anchor) * scale)
+        distance = tl.where(inside, distance, float("-inf"))
         top = tl.max(distance, axis=0)
-        broken = broken | (top == float("inf"))
         if (top - shift > _MOST_POWER) & (top < float("inf")):
             higher = tl.ceil(top)
-            lower = tl.exp2(shift - higher)  # exact, or 0
+            lower = tl.exp2(shift - higher)  # a power of two: exact, or 0
             partial *= lower
             moment *= lower
             if weights_ptr is not None:
@@ -163,33 +118,20 @@ def anchored_rows_kernel(
                     kept = tl.load(at).to(tl.float32) * lower
                     tl.store(at, kept.to(weights_ptr.dtype.element_ty))
             shift = higher
-        power = tl.where(inside, tl.exp2(distance - shift), 0.0)
+        power = tl.exp2(distance - shift)
         partial += power
-        if entropy_ptr is not None:
+        if moment_ptr is not None:
             moment += tl.where(power > 0.0, power * distance, 0.0)
         if weights_ptr is not None:
             # Weights may lie over logits that another thread has yet to read.
             tl.debug_barrier()
-            kept = (power * slope).to(weights_ptr.dtype.element_ty)
-            tl.store(weights_ptr + columns, kept, mask=inside)
+            kept = tl.where(wanted, power * slope, 0.0)
+            tl.store(weights_ptr + columns, kept.to(weights_ptr.dtype.element_ty), mask=inside)
 
-    total = tl.sum(partial, axis=0)
-    one = tl.where(lost, 0.0, tl.exp2(-shift))
-    whole = one + total
-    log_whole = tl.where(lost | (shift > 0.0), tl.log(whole) + shift * _LN2, _log1p(total))
-    bad = broken | (total != total)
-    logp = tl.where(lost, float("-inf"), -log_whole)
-    tl.store(logp_ptr + row, tl.where(bad, float("nan"), logp))
-    tl.store(factor_ptr + row, inverse_temperature / whole)
-    if entropy_ptr is not None:
-        entropy = log_whole - tl.sum(moment, axis=0) * _LN2 / whole
-        tl.store(entropy_ptr + row, tl.where(bad, float("nan"), entropy))
-    if weights_ptr is not None:
-        tl.debug_barrier()
-        own = -total
-        if has_softcap:
-            own *= tl.where(lost, 0.0, 1.0 - (anchor / softcap) * (anchor / softcap))
-        tl.store(weights_ptr + target, own.to(weights_ptr.dtype.element_ty))
+    tl.store(total_ptr + row, tl.sum(partial, axis=0))
+    tl.store(shift_ptr + row, shift)
+    if moment_ptr is not None:
+        tl.store(moment_ptr + row, tl.sum(moment, axis=0) * _LN2)
 
 
 @triton.jit
@@ -262,13 +204,13 @@ def logit_gradients_kernel(
         tl.store(gradients_ptr + columns, gradient.to(gradients_ptr.dtype.element_ty), mask=inside)
 
 
-INTERPRETED = isinstance(anchored_rows_kernel, InterpretedFunction)
+INTERPRETED = isinstance(row_sums_kernel, InterpretedFunction)
 """True where ``TRITON_INTERPRET=1`` was set at import: kernels run on CPU tensors, slowly."""
 
 
-def anchored_rows_triton(
+def row_sums_triton(
     logits: torch.Tensor,
-    targets: torch.Tensor,
+    anchors: Anchors,
     inverse_temperature: torch.Tensor,
     *,
     bias: torch.Tensor | None,
@@ -276,36 +218,39 @@ def anchored_rows_triton(
     softcap: float | None,
     entropy: bool,
     weights: torch.Tensor | None,
-) -> Rows:
-    """As ``anchored_rows`` of ``(logits + bias) * logit_scale``; one launch, no host sync.
+) -> Sums:
+    """As ``row_sums`` of ``(logits + bias) * logit_scale``; one launch, no host sync.
 
     ``weights`` [C, V] takes the rows' weights; it may be :func:`in_place_of` the logits, which are
     used up then. ``None``: they are not wanted, and the logits stay.
     """
     rows, vocab = logits.shape
-    logp, factor = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    entropies = logits.new_empty(rows, dtype=torch.float32) if entropy else None
+    total, shift = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    moment = logits.new_empty(rows, dtype=torch.float32) if entropy else None
     if rows:
-        anchored_rows_kernel[(rows,)](
+        row_sums_kernel[(rows,)](
             logits,
             weights,
-            targets.contiguous(),
+            anchors.column.contiguous(),
+            anchors.logit.contiguous(),
+            anchors.lost.view(torch.uint8),
+            anchors.ignored.view(torch.uint8),
             inverse_temperature.contiguous(),
             bias,
-            logp,
-            entropies,
-            factor,
+            total,
+            moment,
+            shift,
             logits.stride(0),
             0 if weights is None else weights.stride(0),
             vocab,
             float(logit_scale),
             1.0 if softcap is None else softcap,
             softcap is not None,
-            IGNORED_TARGET,
+            NO_SHIFT_YET,
             BLOCK,
             num_warps=NUM_WARPS,
         )
-    return Rows(logp, entropies, logits[:, :0] if weights is None else weights, factor)
+    return Sums(total, moment, shift, logits[:, :0] if weights is None else weights)
 
 
 def logit_gradients_triton(

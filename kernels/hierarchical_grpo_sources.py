@@ -1,0 +1,104 @@
+"""Where logits come from and where their gradient goes: a head over hidden states, or the caller.
+
+Both keep the protocol ``Source`` of ``hierarchical_grpo_chunks``.
+
+Legend: T tokens of the packed batch, H hidden, V vocabulary (of this shard), C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from .hierarchical_grpo_rows import Shard
+
+__all__ = ["Given", "Head", "compute_dtype"]
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def compute_dtype(like: torch.Tensor) -> torch.dtype:
+    """Of logits, log-probs and losses."""
+    return torch.float64 if like.dtype is torch.float64 else torch.float32
+
+
+class Head:
+    """Logits from hidden states; their gradient goes back to these and to the head."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rows: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        wanted: tuple[bool, bool, bool],
+    ) -> None:
+        here = weight.shape[0]
+        self.shard = Shard(0, here, None)
+        if group is not None:
+            ranks = dist.get_world_size(group)
+            self.shard = Shard(dist.get_rank(group) * here, ranks * here, group)
+        self._compute = compute_dtype(hidden)
+        self._x = hidden[rows]
+        self._weight = weight
+        self.bias = bias
+        self._rows = rows
+        # float16's range is too small for the rows' weights.
+        half = weight.is_cuda and weight.dtype is torch.bfloat16
+        self.weights_dtype = torch.bfloat16 if half else self._compute
+        vocab = weight.shape[0]
+        self.by_hidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
+        self.by_weight = weight.new_zeros(weight.shape, dtype=self._compute) if wanted[1] else None
+        self.by_bias = weight.new_zeros(vocab, dtype=self._compute) if wanted[2] else None
+
+    def logits(self, part: slice) -> torch.Tensor:
+        return self._product(self._x[part], self._weight.t())
+
+    def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
+        column = None if scale is None else scale.unsqueeze(1)
+        if self.by_hidden is not None:
+            back = self._product(weights, self._weight)
+            back = back if column is None else back * column
+            if self.shard.group is not None:
+                dist.all_reduce(back, group=self.shard.group)
+            self.by_hidden[self._rows[part]] = back.to(self.by_hidden.dtype)
+        if self.by_weight is not None:
+            x = self._x[part]
+            scaled = (x if column is None else x * column).to(weights.dtype)
+            if weights.dtype is self._compute:
+                self.by_weight.addmm_(weights.t(), scaled)
+            else:
+                out = self.by_weight
+                torch.addmm(out, weights.t(), scaled, out_dtype=torch.float32, out=out)
+        if self.by_bias is not None:
+            scaled = weights if column is None else weights * column
+            self.by_bias.add_(scaled.sum(dim=0, dtype=self._compute))
+
+    def _product(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``a @ b``, accumulated and left in the dtype of the computation."""
+        if a.is_cuda and a.dtype is b.dtype and a.dtype in _HALVES:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.to(self._compute), b.to(self._compute))
+
+
+class Given:
+    """Logits that the caller holds."""
+
+    bias: torch.Tensor | None = None
+
+    def __init__(self, logits: torch.Tensor, rows: torch.Tensor, wanted: bool) -> None:
+        self._logits = logits
+        self._rows = rows
+        self.shard = Shard(0, logits.shape[1], None)
+        self.weights_dtype = compute_dtype(logits)
+        self.by_logits = torch.zeros_like(logits) if wanted else None
+
+    def logits(self, part: slice) -> torch.Tensor:
+        # An index makes a copy, as does the conversion: what comes out may be used up.
+        return self._logits[self._rows[part]].to(self.weights_dtype)
+
+    def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
+        assert self.by_logits is not None
+        gradient = weights if scale is None else weights * scale.unsqueeze(1)
+        self.by_logits[self._rows[part]] = gradient.to(self.by_logits.dtype)
