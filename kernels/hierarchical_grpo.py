@@ -23,7 +23,7 @@ from .hierarchical_grpo_chunks import Found, gather, run
 from .hierarchical_grpo_metrics import Metrics
 from .hierarchical_grpo_plan import LEVELS, Plan, Selection
 from .hierarchical_grpo_sources import Given, Head, compute_dtype
-from .hierarchical_grpo_spec import LossSpec, spec_of, text_of
+from .hierarchical_grpo_spec import LossSpec, spec_of
 from .hierarchical_grpo_tokens import METRICS, depends_on_advantage
 from .selected_logprob import Impl, use_triton
 
@@ -33,6 +33,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Large enough that a GEMM over one chunk runs at full rate.
 _CHUNK_LOGITS_BYTES = 2**32
 _MOST_CHUNK_ROWS = 8192
+_DEFAULT = LossSpec()
 
 
 class LossOutput(NamedTuple):
@@ -86,7 +87,7 @@ def fused_linear_grpo(
     Raises:
         ValueError: a shape, dtype, device or setting does not fit; the message says which.
     """
-    spec = LossSpec() if spec is None else spec
+    spec = _DEFAULT if spec is None else spec
     if vocab_group is not None and spec.entropy_coef:
         raise ValueError(
             f"entropy_coef is {spec.entropy_coef} with a vocab_group, expected 0: the entropy's "
@@ -105,7 +106,7 @@ def fused_linear_grpo(
         old_logp,
         ref_logp,
         temperature,
-        text_of(spec),
+        spec.text,
         "" if vocab_group is None else vocab_group.group_name,
         _rows_of(chunk_rows, weight.shape[0]),
         use_triton(impl, hidden.device),
@@ -133,7 +134,7 @@ def logits_grpo(
     Raises:
         ValueError: a shape, dtype, device or setting does not fit; the message says which.
     """
-    spec = LossSpec() if spec is None else spec
+    spec = _DEFAULT if spec is None else spec
     if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _DTYPES:
         raise ValueError(
             f"logits is {logits.dtype} {tuple(logits.shape)}, expected (T, V) of float32, "
@@ -148,7 +149,7 @@ def logits_grpo(
         old_logp,
         ref_logp,
         temperature,
-        text_of(spec),
+        spec.text,
         _rows_of(chunk_rows, logits.shape[1]),
         use_triton(impl, logits.device),
         torch.is_grad_enabled() and logits.requires_grad,
@@ -187,22 +188,24 @@ def _fused_linear_grpo_op(
     group = _group_of(group_name)
     source = Head(hidden, weight, bias, chosen.rows, group, wanted)
     batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, compute_dtype(hidden))
-    found = run(
-        source,
-        batch,
-        chosen,
-        spec,
-        chunk_rows=chunk_rows,
-        triton=triton,
-        want_gradient=any(wanted),
-    )
-    empty = hidden.new_zeros(0)
-    by_weight, by_bias = source.by_weight, source.by_bias
+    # Autocast would give a bfloat16 GEMM, whose logits are what this library is there to avoid.
+    with torch.autocast(hidden.device.type, enabled=False):
+        found = run(
+            source,
+            batch,
+            chosen,
+            spec,
+            chunk_rows=chunk_rows,
+            triton=triton,
+            want_gradient=any(wanted),
+        )
+    by_hidden, by_weight, by_bias = source.by_hidden, source.by_weight, source.by_bias
+    # Each is a tensor of its own: an operator's outputs may not be one another.
     return (
         *_outputs(found, chosen, hidden.shape[0]),
-        empty if source.by_hidden is None else source.by_hidden,
-        empty if by_weight is None else by_weight.to(weight.dtype),
-        empty if by_bias is None or bias is None else by_bias.to(bias.dtype),
+        hidden.new_zeros(0) if by_hidden is None else by_hidden,
+        weight.new_zeros(0) if by_weight is None else by_weight.to(weight.dtype),
+        hidden.new_zeros(0) if by_bias is None or bias is None else by_bias.to(bias.dtype),
     )
 
 
@@ -222,9 +225,10 @@ def _logits_grpo_op(
     spec, chosen = spec_of(spec_text), Selection(*selection)
     source = Given(logits, chosen.rows, wanted)
     batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, compute_dtype(logits))
-    found = run(
-        source, batch, chosen, spec, chunk_rows=chunk_rows, triton=triton, want_gradient=wanted
-    )
+    with torch.autocast(logits.device.type, enabled=False):
+        found = run(
+            source, batch, chosen, spec, chunk_rows=chunk_rows, triton=triton, want_gradient=wanted
+        )
     by_logits = logits.new_zeros(0) if source.by_logits is None else source.by_logits
     return (*_outputs(found, chosen, logits.shape[0]), by_logits)
 
@@ -265,15 +269,21 @@ def _fake_outputs(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(like.new_empty(shape, dtype=compute) for shape in shapes)
 
 
+def _only_the_loss(ctx: Any, output: tuple[torch.Tensor, ...]) -> None:
+    """Nothing else has a gradient; and none is made of zeros, [V, H], to be thrown away."""
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
 def _save_head_gradients(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]
 ) -> None:
+    _only_the_loss(ctx, output)
     ctx.save_for_backward(*output[4:])
     ctx.wanted, ctx.parts = inputs[-3:], len(inputs[4])
 
 
 def _head_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    """Log-probs, entropies and metrics have no gradient: only the loss's arrives here."""
     scaled = [
         grad * by_loss.to(grad.dtype) if wanted else None
         for grad, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
@@ -284,6 +294,7 @@ def _head_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
 def _save_logits_gradient(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]
 ) -> None:
+    _only_the_loss(ctx, output)
     ctx.save_for_backward(output[4])
     ctx.wanted, ctx.parts = inputs[-1], len(inputs[2])
 

@@ -11,6 +11,7 @@ import torch
 
 from .hierarchical_grpo_plan import LEVELS, Selection
 from .hierarchical_grpo_rows import (
+    IGNORED_TARGET,
     Rows,
     Shard,
     anchors_of,
@@ -72,16 +73,25 @@ def gather(
     spec: LossSpec,
     compute: torch.dtype,
 ) -> Batch:
-    """The rows of a selection, from values per token of the batch."""
+    """The rows of a selection, from values per token of the batch.
+
+    Of a row that nobody asks about the log-prob will be 0; so are those it is compared with.
+    """
     rows = chosen.rows
+    targets = targets[rows].long()
+    ignored = targets == IGNORED_TARGET
+
+    def compared(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(ignored, 0.0, values[rows].to(compute))
+
     if temperature is None:
         inverse = torch.full(rows.shape, 1 / spec.temperature, dtype=compute, device=rows.device)
     else:
         inverse = 1 / temperature[rows].to(compute)
     return Batch(
-        targets=targets[rows].long(),
-        old_logp=old_logp[rows].to(compute),
-        ref_logp=None if ref_logp is None else ref_logp[rows].to(compute),
+        targets=targets,
+        old_logp=compared(old_logp),
+        ref_logp=None if ref_logp is None else compared(ref_logp),
         inverse_temperature=inverse,
     )
 
@@ -102,6 +112,7 @@ def run(
     are computed twice where a gradient is wanted.
     """
     rows = len(chosen.rows)
+    chosen = chosen.only(batch.targets != IGNORED_TARGET)
     logp = torch.zeros_like(batch.old_logp)
     found = Found(logp, torch.zeros_like(logp), logp.new_zeros(LEVELS, len(METRICS)))
     parts = [slice(at, min(at + chunk_rows, rows)) for at in range(0, rows, chunk_rows)]

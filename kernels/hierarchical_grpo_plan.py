@@ -74,6 +74,14 @@ class Selection(NamedTuple):
             return self
         return Selection(*(part.pin_memory().to(device, non_blocking=True) for part in self))
 
+    def only(self, asked: torch.Tensor) -> Selection:
+        """The same rows, without weight where ``asked`` [N] is false."""
+        return self._replace(
+            policy_weight=self.policy_weight * asked,
+            term_weight=self.term_weight * asked,
+            nll_weight=self.nll_weight * asked,
+        )
+
     def part(self, start: int, stop: int) -> Selection:
         """Rows ``start`` to ``stop``; for losses that do not look at sequences."""
         return self._replace(
@@ -111,13 +119,15 @@ class Plan:
             return everything
         key = (spec.by_sequence, spec.nll_alpha > 0)
         if key not in self.selections:
-            counts = everything.policy_weight * everything.advantage != 0
+            weighs, pulls = everything.policy_weight != 0, everything.advantage != 0
+            if spec.by_sequence:
+                # One row's advantage and another's weight may meet in the sequence's means.
+                weighs, pulls = (_in_sequence(everything, any_of) for any_of in (weighs, pulls))
+            counts = weighs & pulls
             if spec.nll_alpha > 0:
                 counts |= everything.nll_weight != 0
             if spec.by_sequence:
-                speaks = torch.zeros(len(everything.bounds) - 1, dtype=torch.bool)
-                speaks[everything.sequence[counts]] = True
-                counts = speaks[everything.sequence]
+                counts = _in_sequence(everything, counts)
             self.selections[key] = _subset(everything, counts)
         return self.selections[key]
 
@@ -171,7 +181,7 @@ def make_plan(
     sequence, batch = _sequences(mask, cu_seqlens, seq_ids)
     level = _per_token("level", torch.as_tensor(level), sequence, batch)
     advantages = _per_token("advantages", advantages, sequence, batch).float()
-    weight = torch.ones(mask.shape[0]) if rollout_weight is None else rollout_weight.float()
+    weight = torch.ones(mask.shape[0]) if rollout_weight is None else rollout_weight.cpu().float()
     _check_values(mask, level, advantages, weight)
     token_level, token_sequence = level[mask].long(), sequence[mask]
     adv, weight = advantages[mask], weight[mask]
@@ -180,7 +190,9 @@ def make_plan(
     counts = _count(lengths, token_level, adv)
     share = _shares(agg, norm_tokens, lengths, _denominators(normalizer, counts))
     positive = _positive_shares(_denominators(normalizer, counts))
-    scale = torch.tensor(level_weight)
+    scale = torch.tensor(level_weight, dtype=torch.float32)
+    if scale.shape != (LEVELS,) or not bool((torch.isfinite(scale) & (scale >= 0)).all()):
+        raise ValueError(f"level_weight is {level_weight}, expected two finite numbers >= 0")
     if normalizer == "thor":
         scale = scale * _fraction(batch, mini_batch_sequences)
     elif mini_batch_sequences is not None:
@@ -255,6 +267,8 @@ def _per_token(name: str, values: torch.Tensor, sequence: torch.Tensor, batch: i
 def _check_values(
     mask: torch.Tensor, level: torch.Tensor, advantages: torch.Tensor, weight: torch.Tensor
 ) -> None:
+    if level.is_floating_point():
+        raise ValueError(f"level is {level.dtype}, expected integers")
     if weight.shape != mask.shape:
         raise ValueError(
             f"rollout_weight has shape {tuple(weight.shape)}, expected {tuple(mask.shape)}"
@@ -298,6 +312,8 @@ def _shares(
             f"norm_tokens is {norm_tokens} with agg={agg!r}, expected a number with "
             f"{' and '.join(_BY_LENGTH)} only"
         )
+    if norm_tokens is not None and norm_tokens < 1:
+        raise ValueError(f"norm_tokens is {norm_tokens}, expected >= 1")
     one = torch.ones_like(lengths)
     if agg == "token-sum":
         return one
@@ -334,6 +350,13 @@ def _groups(
     groups = int(index.max()) + 1 if batch else 0
     speaking = torch.unique(index[sequence[adv != 0]])
     return groups, groups - len(speaking)
+
+
+def _in_sequence(selection: Selection, rows: torch.Tensor) -> torch.Tensor:
+    """[N] bool: whether the row's sequence has one of ``rows`` [N]."""
+    has = torch.zeros(len(selection.bounds) - 1, dtype=torch.bool)
+    has[selection.sequence[rows]] = True
+    return has[selection.sequence]
 
 
 def _subset(selection: Selection, keep: torch.Tensor) -> Selection:

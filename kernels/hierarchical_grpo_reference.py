@@ -49,24 +49,29 @@ def logits_grpo_reference(
     rows = chosen.rows
     scores = logits[rows] * spec.logit_scale
     if spec.softcap is not None:
-        scores = torch.tanh(scores / spec.softcap) * spec.softcap
+        # What is out of the distribution stays out of it.
+        capped = torch.tanh(scores / spec.softcap) * spec.softcap
+        scores = torch.where(scores == -torch.inf, scores, capped)
     divisor = spec.temperature if temperature is None else temperature[rows, None].to(dtype)
     scores = torch.log_softmax(scores / divisor, dim=1)
     asked = targets[rows] != -100
     logp = scores.gather(1, targets[rows].long().clamp(min=0).unsqueeze(1)).squeeze(1)
     logp = torch.where(asked, logp, 0.0)
+    chosen = chosen.only(asked)
     chances = scores.exp()
     entropy = -(chances * torch.where(chances > 0, scores, 0.0)).sum(dim=1) * asked
     adv = chosen.advantage.to(dtype)
-    old = old_logp[rows].to(dtype)
+    old = torch.where(asked, old_logp[rows].to(dtype), 0.0)
     per_token = _policy(logp, old, adv, chosen.bounds, chosen.sequence, spec)
     term = chosen.term_weight.to(dtype)
     loss = (chosen.policy_weight.to(dtype) * per_token).sum()
-    loss = loss - spec.nll_alpha * (chosen.nll_weight.to(dtype) * logp).sum()
+    nll = chosen.nll_weight.to(dtype)
+    loss = loss - spec.nll_alpha * torch.where(nll != 0, nll * logp, 0.0).sum()
     loss = loss - spec.entropy_coef * (term * entropy).sum()
     if spec.kl is not None:
         assert ref_logp is not None
-        x = (ref_logp[rows].to(dtype) - logp).clamp(-spec.kl.clamp_input, spec.kl.clamp_input)
+        ref = torch.where(asked, ref_logp[rows].to(dtype), 0.0)
+        x = (ref - logp).clamp(-spec.kl.clamp_input, spec.kl.clamp_input)
         estimate = {"k1": -x, "k2": x * x / 2, "k3": torch.exp(x) - x - 1}[spec.kl.kind]
         bounded = estimate.clamp(-spec.kl.clamp_output, spec.kl.clamp_output)
         loss = loss + spec.kl.beta * (term * bounded).sum()

@@ -253,7 +253,9 @@ def logit_gradients(
     if softcap is not None:
         logits = torch.where(logits == -torch.inf, logits, torch.tanh(logits / softcap) * softcap)
     ignored = targets == IGNORED_TARGET
-    column = torch.where(ignored, 0, targets).unsqueeze(1)
+    # A target outside has a log-prob of NaN, and so has its derivative: any column shows it.
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    column = torch.where(inside, targets, 0).unsqueeze(1)
     scores = torch.log_softmax(logits * inverse_temperature.unsqueeze(1), dim=1)
     chances = scores.exp()
     scores = torch.where(chances > 0, scores, 0.0)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from typing import Literal
 
-__all__ = ["BUILT_IN_LOSSES", "KL", "LossSpec", "spec_of", "text_of"]
+__all__ = ["BUILT_IN_LOSSES", "KL", "LossSpec", "spec_of"]
 
 BUILT_IN_LOSSES = ("ppo", "cispo", "gspo", "geo_mean", "sapo")
 SEQUENCE_LOSSES = ("gspo", "geo_mean")
@@ -101,6 +101,9 @@ class LossSpec:
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
+    # Here and not where it is used: torch.compile can read a string, but cannot trace json.
+    text: str = field(init=False, repr=False, compare=False)
+    """All of the above, as an argument of an operator of torch's, which takes no object of ours."""
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -125,6 +128,9 @@ class LossSpec:
             raise ValueError(f"entropy_coef is {self.entropy_coef}, expected a finite number")
         if not math.isfinite(self.logit_scale) or self.logit_scale == 0:
             raise ValueError(f"logit_scale is {self.logit_scale}, expected a finite number, not 0")
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.init}
+        values["kl"] = None if self.kl is None else asdict(self.kl)
+        object.__setattr__(self, "text", json.dumps(values))
 
     @property
     def by_sequence(self) -> bool:
@@ -143,14 +149,9 @@ def _check_positive(**values: float) -> None:
             raise ValueError(f"{name} is {value}, expected > 0")
 
 
-def text_of(spec: LossSpec) -> str:
-    """As an argument of an operator of torch's, which takes no object of ours."""
-    return json.dumps(asdict(spec))
-
-
 @lru_cache(maxsize=64)
 def spec_of(text: str) -> LossSpec:
-    """What :func:`text_of` wrote."""
+    """The settings whose ``text`` this is."""
     values = json.loads(text)
     values["kl"] = None if values["kl"] is None else KL(**values["kl"])
     values["sapo_temperatures"] = tuple(values["sapo_temperatures"])

@@ -132,8 +132,8 @@ def token_terms(
     kl, kl_derivative = (zero, zero) if spec.kl is None else _kl(logp, ref_logp, spec.kl)
     beta = 0.0 if spec.kl is None else spec.kl.beta
     entropy = zero if entropy is None else entropy
-    policy_term = weight * policy.loss
-    nll_term = -spec.nll_alpha * nll_weight * logp
+    policy_term = _times(weight, policy.loss)
+    nll_term = _times(-spec.nll_alpha * nll_weight, logp)
     kl_term = beta * term_weight * kl
     loss = policy_term + nll_term + kl_term - spec.entropy_coef * term_weight * entropy
     derivative = (
@@ -141,6 +141,8 @@ def token_terms(
         - spec.nll_alpha * nll_weight
         + beta * term_weight * kl_derivative
     )
+    # A clip's derivative is 0 also where its argument is NaN: a broken row is not to pass quietly.
+    derivative = torch.where(loss.isnan(), loss, derivative)
     log_ratio = logp - old_logp
     columns = {
         "tokens": torch.ones_like(logp),
@@ -161,8 +163,14 @@ def token_terms(
         "positive_advantage": (advantage > 0).to(dtype),
     }
     values = torch.stack([columns[name] for name in METRICS], dim=1)
-    ours = (selection.level == torch.arange(LEVELS, device=logp.device)[:, None]).to(dtype)
-    return TokenTerms(derivative, ours @ values)
+    # No product with a matrix of zeros and ones: 0 * inf is NaN, and a GEMM may run in TF32.
+    ours = selection.level == torch.arange(LEVELS, device=logp.device)[:, None]
+    return TokenTerms(derivative, torch.where(ours[:, :, None], values, 0.0).sum(dim=1))
+
+
+def _times(weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Their product, 0 where the weight is: a log-prob may be -inf."""
+    return torch.where(weight != 0, weight * values, 0.0)
 
 
 def policy_loss(
@@ -226,7 +234,7 @@ def _cispo(
     high = (ratio > 1 + spec.clip_high) & (advantage > 0)
     factor = -advantage * ratio.clamp(max=1 + spec.clip_high)
     never = torch.zeros_like(high)
-    return PolicyLoss(factor * logp, factor, ratio, never, high, never)
+    return PolicyLoss(_times(factor, logp), factor, ratio, never, high, never)
 
 
 def _sapo(
