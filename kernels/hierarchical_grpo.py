@@ -69,7 +69,9 @@ def fused_linear_grpo(
         hidden: [T, H] float32, bfloat16, float16 or float64; row t is the state that predicts
             ``targets[t]``.
         weight: [V, H] of that dtype: the head's matrix. Without ``requires_grad`` (LoRA below a
-            frozen head) its GEMM is not run.
+            frozen head) its GEMM is not run. Of a sharded head (FSDP2), over ranks that hold
+            different tokens, give ``weight.full_tensor(grad_placements=[Partial()])``: that sums
+            the ranks' gradients, as a plan with :class:`Counts` of all of them needs.
         targets: [T] int64 or int32. ``-100`` makes a row's value and gradient 0.
         plan: from :func:`make_plan`, for T tokens.
         old_logp: [T] float: log-probs under the policy that the ratio is against.
@@ -323,6 +325,11 @@ def _rows_of(chunk_rows: int | None, vocab: int) -> int:
 
 
 def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(
+            f"weight is a {type(weight).__name__}, expected a plain tensor, such as "
+            "weight.full_tensor(grad_placements=[Partial()])"
+        )
     if weight.ndim != 2 or weight.shape[0] == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (V, H) with V >= 1")
     if hidden.ndim != 2 or hidden.shape[1] != weight.shape[1]:

@@ -152,8 +152,8 @@ def make_plan(
 
     Args:
         mask: [T] bool: tokens whose log-prob the loss reads.
-        level: [T] or [B] integer, 0 (episode) or 1 (step), or one for all.
-        advantages: [T] or [B] float; finite.
+        level: [T] or [B] integer, 0 (episode) or 1 (step), or one for all; by token where T is B.
+        advantages: [T] or [B] float, likewise; finite.
         cu_seqlens: [B + 1] integer, ascending from 0 to T: where sequences begin and end. This or
             ``seq_ids``.
         seq_ids: [T] integer, not descending: each token's sequence.
@@ -336,7 +336,7 @@ def _fraction(batch: int, mini_batch_sequences: int | None) -> float:
         raise ValueError(
             f"mini_batch_sequences is {mini_batch_sequences}, expected at least the {batch} here"
         )
-    return batch / mini_batch_sequences
+    return batch / max(mini_batch_sequences, 1)
 
 
 def _groups(
