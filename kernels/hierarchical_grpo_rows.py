@@ -73,7 +73,7 @@ class Sums(NamedTuple):
     """Of each row over this shard, held times ``2^-shift``."""
 
     total: torch.Tensor  # [C]: S
-    moment: torch.Tensor | None  # [C]: sum of e_j d_j, in nats
+    moment: torch.Tensor | None  # [C]: sum of e_j (d_j - shift log 2), in nats
     shift: torch.Tensor  # [C], whole numbers
     weights: torch.Tensor  # [C, V]: E without the target's, times the softcap's slope
 
@@ -146,7 +146,10 @@ def row_sums(
     total = weights.sum(dim=1)
     moment = None
     if entropy:
-        moment = (weights * torch.where(weights > 0, distance, 0.0)).sum(dim=1) * _LN2
+        # Distances to the shift: the entropy of a row far from its anchor is no difference of two
+        # large numbers then.
+        beyond = torch.where(weights > 0, distance - shift.unsqueeze(1), 0.0)
+        moment = (weights * beyond).sum(dim=1) * _LN2
     if slope is not None:
         weights = weights * slope
     return Sums(total, moment, shift, weights.masked_fill_(anchors.ignored.unsqueeze(1), 0.0))
@@ -181,7 +184,10 @@ def finish_rows(
     logp = _special(logp, broken, anchors)
     entropy = None
     if whole.moment is not None:
-        entropy = _special(log_whole - whole.moment / denominator, broken, anchors)
+        # The anchor's own distance is 0.
+        moment = whole.moment - one * shift * _LN2
+        log_here = torch.where(shift == 0, log_whole, torch.log(denominator))
+        entropy = _special(log_here - moment / denominator, broken, anchors)
     factor = torch.where(anchors.ignored, 0.0, inverse_temperature / denominator)
     if keep_weights:
         _align(sums.weights, sums.shift - shift)
@@ -208,10 +214,12 @@ def _over_shards(sums: Sums, group: dist.ProcessGroup) -> Sums:
     dist.all_reduce(slots, group=group)
     total, moment, shift = slots.unbind(dim=1)  # each [R, C]
     highest = shift.amax(dim=0)
-    lower = torch.exp2(shift - highest)
+    by = shift - highest
+    lower = torch.exp2(by)
+    moment = (moment + total * by * _LN2) * lower
     return Sums(
         total=(total * lower).sum(dim=0),
-        moment=None if sums.moment is None else (moment * lower).sum(dim=0),
+        moment=None if sums.moment is None else moment.sum(dim=0),
         shift=highest,
         weights=sums.weights,
     )

@@ -110,8 +110,8 @@ def row_sums_kernel(
         if (top - shift > _MOST_POWER) & (top < float("inf")):
             higher = tl.ceil(top)
             lower = tl.exp2(shift - higher)  # a power of two: exact, or 0
+            moment = (moment + partial * (shift - higher)) * lower
             partial *= lower
-            moment *= lower
             if weights_ptr is not None:
                 for before in range(0, start, block):
                     at = weights_ptr + before + lanes
@@ -121,7 +121,7 @@ def row_sums_kernel(
         power = tl.exp2(distance - shift)
         partial += power
         if moment_ptr is not None:
-            moment += tl.where(power > 0.0, power * distance, 0.0)
+            moment += power * tl.where(power > 0.0, distance - shift, 0.0)
         if weights_ptr is not None:
             # Weights may lie over logits that another thread has yet to read.
             tl.debug_barrier()
