@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from thor_fast.kernels.hierarchical_grpo import LossOutput, fused_linear_grpo, logits_grpo
 from thor_fast.kernels.hierarchical_grpo_metrics import Metrics
-from thor_fast.kernels.hierarchical_grpo_plan import Counts, Plan, make_plan
+from thor_fast.kernels.hierarchical_grpo_plan import Aggregation, Counts, Plan, make_plan
 from thor_fast.kernels.hierarchical_grpo_reference import (
     linear_grpo_reference,
     logits_grpo_reference,
@@ -20,6 +20,7 @@ from thor_fast.kernels.selected_logprob import IGNORED_TARGET, selected_logprob
 __all__ = [
     "IGNORED_TARGET",
     "KL",
+    "Aggregation",
     "Counts",
     "LossOutput",
     "LossSpec",
