@@ -115,7 +115,8 @@ class HierarchicalGRPOLoss(nn.Module):
                 token t.
             lm_head: the head, or its matrix [V, H] alone; of the dtype of ``hidden``. A ``DTensor``
                 is gathered: it is taken for sharded over data-parallel ranks, so its gradient is
-                the mean over them, as FSDP2's of all other parameters.
+                the mean over them, as FSDP2's of all other parameters. With ``counts`` of all
+                ranks, multiply the loss by their number.
             batch: see :class:`TrainingBatch`.
 
         Returns:
