@@ -145,7 +145,8 @@ def _states(
     tokens = normal(shape.vocab, shape.hidden) / shape.hidden**0.5
     common = normal(shape.hidden)
     common /= common.norm()
-    weight = tokens + frequency.unsqueeze(1) * common
+    # What all rows have in common changes no softmax: none of it, so that gradients are of size 1.
+    weight = tokens + (frequency - frequency.mean()).unsqueeze(1) * common
     # The odds of the tokens that a state points at, against all others together (e^2 of them).
     first, second = (
         torch.multinomial(frequency.exp(), shape.tokens, replacement=True, generator=generator)

@@ -236,3 +236,26 @@ def test_ratios_are_taken_within_a_round(bench: SimpleNamespace) -> None:
     assert dict(zip(header, row, strict=True))["trl"] == "out of memory"
     _, rows = bench.results.details_table(metrics)
     assert ["dense", "cce", "needs CUDA"] in [row[:3] for row in rows]
+
+
+def test_numerics_prints_its_tables() -> None:
+    command = [sys.executable, "-W", "error", str(BENCHMARKS / "loss_numerics.py")]
+    small = ("--tokens", "64", "--hidden", "32", "--vocab", "509")
+    done = subprocess.run([*command, *small], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [re.split(r" {2,}", line.strip()) for line in done.stdout.splitlines()]
+    assert ["the same call twice", *["bitwise equal"] * 3] in rows
+    found = {(row[0], row[1]): row[2:] for row in rows if len(row) == 7}
+    for dtype, bound in (("float32", 1e-4), ("bfloat16", 1e-2), ("float16", 1e-3)):
+        logp, _, above, by_hidden, by_weight = map(float, found[dtype, "ours"])
+        assert logp < 1e-4
+        assert above == 0
+        assert max(by_hidden, by_weight) < bound
+
+
+def test_numerics_mistakes_are_one_line() -> None:
+    command = [sys.executable, str(BENCHMARKS / "loss_numerics.py"), "--vocab", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("loss_numerics: error: argument --vocab: '0', expected a whole")
