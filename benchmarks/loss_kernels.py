@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--tokens", type=count, action="append", help="T, may be repeated")
+    add("--tokens", type=count, action="append", help="T, a multiple of 32; may be repeated")
     add("--hidden", type=count, action="append", help="H, may be repeated")
     add("--vocab", type=count, help="V")
     add("--scenario", choices=SCENARIOS, action="append", help="may be repeated; default: all")
@@ -105,8 +105,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     elif args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: 'cuda', but torch sees no GPU")
     for tokens in args.tokens or ():
-        if tokens < 32:
-            parser.error(f"argument --tokens: '{tokens}', expected at least 32 (two sequences)")
+        if tokens % 32:  # sequences of one length, at least two of at least 16 tokens
+            parser.error(f"argument --tokens: '{tokens}', expected a multiple of 32")
     if args.vocab is not None and args.vocab < 2:
         parser.error(f"argument --vocab: '{args.vocab}', expected at least 2")
     return args

@@ -108,7 +108,7 @@ def test_the_options_are_these_and_no_more() -> None:
     [
         (["--rounds", "0"], "argument --rounds: '0', expected a whole number of at least 1"),
         (["--tokens", "x"], "argument --tokens: 'x', expected a whole number of at least 1"),
-        (["--tokens", "31"], "argument --tokens: '31', expected at least 32 (two sequences)"),
+        (["--tokens", "31"], "argument --tokens: '31', expected a multiple of 32"),
         (["--vocab", "1"], "argument --vocab: '1', expected at least 2"),
         (["--scenario", "flat"], "argument --scenario: invalid choice: 'flat'"),
         (["--backend", "unsloth"], "argument --backend: invalid choice: 'unsloth'"),
