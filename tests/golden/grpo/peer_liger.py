@@ -6,7 +6,7 @@ import batches
 import numpy as np
 import torch
 from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-from recording import Recording
+from recording import record
 
 DEFAULTS = {"epsilon_low": 0.2, "epsilon_high": 0.28, "beta": 0.0, "compiled": False}
 
@@ -28,11 +28,11 @@ def cases() -> list[tuple[dict[str, object], tuple[str, ...]]]:
     return found
 
 
-def loss_of(settings: dict[str, object], inputs: dict[str, np.ndarray]):
-    """The loss by hidden states and the head's weight."""
+def loss_of(settings: dict[str, object], inputs: dict[str, np.ndarray], rows: slice):
+    """See ``recording.LossOf``."""
 
     def of(name: str) -> torch.Tensor:
-        return torch.tensor(inputs[name][:, batches.COLUMNS])
+        return torch.tensor(inputs[name][rows][:, batches.COLUMNS])
 
     given = {
         name: value for name, value in settings.items() if name not in ("vllm_is_ratio", "bias")
@@ -50,27 +50,15 @@ def loss_of(settings: dict[str, object], inputs: dict[str, np.ndarray]):
             weight,
             of("targets"),
             of("mask").long(),
-            torch.tensor(inputs["advantages"]),
+            torch.tensor(inputs["advantages"][rows]),
             bias=torch.tensor(inputs["bias"]) if settings.get("bias") else None,
             ref_per_token_logps=of("ref_logp") if fused.use_ref_model else None,
             old_per_token_logps=of("old_logp"),
             vllm_is_ratio=ratio if "vllm_is_ratio" in settings else None,
         )[0]
 
-    return loss
-
-
-def main() -> None:
-    """Run every case."""
-    recording = Recording("liger", "liger_kernel")
-    everything = batches.make()
-    for settings, names in cases():
-        for batch in names:
-            inputs = batches.choose(everything, batch)
-            loss = loss_of(settings, inputs)
-            recording.add(settings, batch, inputs, loss, dtype=torch.float32, parts=(batches.B,))
-    recording.write()
+    return loss, torch.float32
 
 
 if __name__ == "__main__":
-    main()
+    record("liger", "liger_kernel", cases(), loss_of)

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import batches
 import numpy as np
 import torch
-from recording import Recording, plain_logp
+from recording import plain_logp, record
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -79,9 +79,7 @@ def cases() -> list[tuple[dict[str, object], tuple[str, ...]]]:
 
 def trainer(settings: dict[str, object], logp: torch.Tensor, entropy: torch.Tensor):
     """What ``_compute_loss`` needs of the trainer."""
-    args = SimpleNamespace(
-        **settings, steps_per_generation=settings["gradient_accumulation_steps"]
-    )
+    args = SimpleNamespace(**settings, steps_per_generation=settings["gradient_accumulation_steps"])
     accelerator = SimpleNamespace(
         num_processes=1,
         sync_gradients=True,
@@ -150,77 +148,56 @@ def head_logp(settings: dict[str, object]):
     return logp
 
 
-def loss_of(settings: dict[str, object], inputs: dict[str, np.ndarray], rows: slice, items: int):
-    """The loss of these sequences by their hidden states and the head's weight."""
+def rollout_ratio(stand_in, data: dict[str, torch.Tensor], rollout_logp: torch.Tensor):
+    """The rollout's importance ratio, [b, response] or [b, 1]."""
+    names = {
+        "self": stand_in,
+        "torch": torch,
+        "math": math,
+        "completion_mask": data["completion_mask"],
+        "tool_mask": data["tool_mask"],
+        "old_per_token_logps": data["old_per_token_logps"],
+        "sampling_per_token_logps": rollout_logp,
+    }
+    exec(ratio_statements(), names)
+    return names["vllm_importance_sampling_ratio"]
+
+
+def loss_of(changed: dict[str, object], inputs: dict[str, np.ndarray], rows: slice):
+    """See ``recording.LossOf``."""
+    settings = DEFAULTS | changed
     with_head = settings["temperature"] is not None
     dtype = torch.float32 if with_head else torch.float64
     head = head_logp(settings) if with_head else plain_logp
+    targets = torch.tensor(inputs["targets"][rows])
 
     def of(name: str) -> torch.Tensor:
         return torch.tensor(inputs[name][rows][:, batches.COLUMNS], dtype=dtype)
 
+    mask = torch.tensor(inputs["mask"][rows][:, batches.COLUMNS]).long()
+    by_sequence = torch.tensor(inputs["advantages"][rows], dtype=dtype)
+    data = {
+        "prompt_ids": torch.zeros(len(mask), batches.PROMPT, dtype=torch.long),
+        "prompt_mask": torch.ones(len(mask), batches.PROMPT, dtype=torch.long),
+        "completion_ids": targets[:, batches.COLUMNS],
+        "completion_mask": torch.ones_like(mask),
+        "tool_mask": mask,
+        "advantages": of("token_advantages") if "advantages" in changed else by_sequence,
+        "old_per_token_logps": of("old_logp"),
+        "ref_per_token_logps": of("ref_logp"),
+        "num_items_in_batch": torch.tensor(int(inputs["mask"].sum())),
+    }
+
     def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        targets = torch.tensor(inputs["targets"][rows])
-        logp, entropy = (
-            part[:, batches.COLUMNS] for part in head(hidden[rows], weight, targets)
-        )
-        mask = torch.tensor(inputs["mask"][rows][:, batches.COLUMNS]).long()
-        by_token = settings["advantages"] == "(B, T)"
-        advantages = torch.tensor(inputs["advantages"][rows], dtype=dtype)
-        data = {
-            "prompt_ids": torch.zeros(len(mask), batches.PROMPT, dtype=torch.long),
-            "prompt_mask": torch.ones(len(mask), batches.PROMPT, dtype=torch.long),
-            "completion_ids": targets[:, batches.COLUMNS],
-            "completion_mask": torch.ones_like(mask),
-            "tool_mask": mask,
-            "advantages": of("token_advantages") if by_token else advantages,
-            "old_per_token_logps": of("old_logp"),
-            "ref_per_token_logps": of("ref_logp"),
-            "num_items_in_batch": torch.tensor(items),
-        }
+        logp, entropy = (part[:, batches.COLUMNS] for part in head(hidden, weight, targets))
         stand_in = trainer(settings, logp, entropy)
         if stand_in.use_vllm:
-            names = {
-                "self": stand_in,
-                "torch": torch,
-                "math": math,
-                "completion_mask": data["completion_mask"],
-                "tool_mask": mask,
-                "old_per_token_logps": data["old_per_token_logps"],
-                "sampling_per_token_logps": of("rollout_logp"),
-            }
-            exec(ratio_statements(), names)  # noqa: S102 - statements of the pinned package
-            data["importance_sampling_ratio"] = names["vllm_importance_sampling_ratio"]
+            ratio = rollout_ratio(stand_in, data, of("rollout_logp"))
+            data["importance_sampling_ratio"] = ratio
         return GRPOTrainer._compute_loss(stand_in, None, data)
 
     return loss, dtype
 
 
-def main() -> None:
-    """Run every case."""
-    recording = Recording("trl", "trl")
-    everything = batches.make()
-    for changed, names in cases():
-        settings = DEFAULTS | changed
-        for batch in names:
-            inputs = batches.choose(everything, batch)
-            items = int(inputs["mask"].sum())
-            parts = (2, 3) if settings["gradient_accumulation_steps"] == 2 else (batches.B,)
-            bounds = np.cumsum((0, *parts))
-            made = [
-                loss_of(settings, inputs, slice(*pair), items)
-                for pair in zip(bounds, bounds[1:], strict=False)
-            ]
-            recording.add(
-                changed,
-                batch,
-                inputs,
-                lambda hidden, weight, made=made: sum(loss(hidden, weight) for loss, _ in made),
-                dtype=made[0][1],
-                parts=parts,
-            )
-    recording.write()
-
-
 if __name__ == "__main__":
-    main()
+    record("trl", "trl", cases(), loss_of)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import batches
 import numpy as np
 import torch
-from recording import Recording, plain_logp
+from recording import plain_logp, record
 from tensordict import TensorDict
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
@@ -76,49 +76,57 @@ def correction(settings: dict[str, object], inputs: dict[str, np.ndarray]):
     return None if found is None else found.batch["rollout_is_weights"], kept
 
 
-def loss_of(settings: dict[str, object], inputs: dict[str, np.ndarray], rows: slice):
-    """The loss of these sequences by all hidden states and the head's weight."""
-    weights, mask = correction(settings, inputs)
-    parts = settings.get("micro_batches", 1) > 1
-    temperature = settings.get("temperature")
-    dtype = torch.float64 if temperature is None else torch.float32
-    of_actor = {
+def actor(settings: dict[str, object]) -> ActorConfig:
+    """verl's own configuration, with these settings."""
+    policy = PolicyLossConfig(loss_mode=settings["loss_mode"], dro_beta=settings.get("dro_beta"))
+    others = {
         name: value
         for name, value in (CLIP | settings).items()
         if name not in NOT_OF_THE_ACTOR and not name.startswith("rollout_")
     }
-    policy = PolicyLossConfig(loss_mode=settings["loss_mode"], dro_beta=settings.get("dro_beta"))
-    config = ActorConfig(
+    return ActorConfig(
         strategy="fsdp",
         rollout_n=1,
         ppo_micro_batch_size_per_gpu=1,
         policy_loss=policy,
-        **of_actor,
+        **others,
     )
+
+
+def loss_of(settings: dict[str, object], inputs: dict[str, np.ndarray], rows: slice):
+    """See ``recording.LossOf``."""
+    weights, mask = correction(settings, inputs)
+    temperature = settings.get("temperature")
+    dtype = torch.float64 if temperature is None else torch.float32
+    config = actor(settings)
+    targets = torch.tensor(inputs["targets"][rows])
+    advantages = torch.tensor(inputs["advantages"][rows], dtype=dtype)
     fields = {
-        "prompts": torch.tensor(inputs["targets"][rows, : batches.PROMPT]),
-        "responses": torch.tensor(inputs["targets"][rows, batches.PROMPT :]),
-        "attention_mask": torch.ones(batches.B, batches.L, dtype=torch.long)[rows],
+        "prompts": targets[:, : batches.PROMPT],
+        "responses": targets[:, batches.PROMPT :],
+        "attention_mask": torch.ones_like(targets),
         "response_mask": mask[rows],
-        "advantages": torch.tensor(inputs["advantages"][rows], dtype=dtype)[:, None].expand(
-            -1, mask.shape[1]
-        ),
+        "advantages": advantages[:, None].expand(-1, mask.shape[1]),
     }
     for ours, theirs in {"old_logp": "old_log_probs", "ref_logp": "ref_log_prob"}.items():
         fields[theirs] = torch.tensor(inputs[ours][rows][:, batches.COLUMNS], dtype=dtype)
     if weights is not None:
         fields["rollout_is_weights"] = weights[rows]
+    split = "micro_batches" in settings
+    about = {
+        "dp_size": 1,
+        "batch_num_tokens": int(mask.sum()) if split else None,
+        "global_batch_size": batches.B if split else None,
+    }
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        targets = torch.tensor(inputs["targets"][rows])
         if temperature is None:
-            logp, entropy = plain_logp(hidden[rows], weight, targets)
+            logp, entropy = plain_logp(hidden, weight, targets)
         else:
-            logp, entropy = FusedLinearForPPO()(hidden[rows], weight, targets, temperature)
+            logp, entropy = FusedLinearForPPO()(hidden, weight, targets, temperature)
         data = TensorDict(fields, batch_size=[len(targets)])
-        data.set_non_tensor("dp_size", 1)
-        data.set_non_tensor("batch_num_tokens", int(mask.sum()) if parts else None)
-        data.set_non_tensor("global_batch_size", batches.B if parts else None)
+        for name, value in about.items():
+            data.set_non_tensor(name, value)
         output = {"log_probs": logp.flatten()}
         if config.entropy_coeff:
             output["entropy"] = entropy.flatten()
@@ -127,29 +135,5 @@ def loss_of(settings: dict[str, object], inputs: dict[str, np.ndarray], rows: sl
     return loss, dtype
 
 
-def main() -> None:
-    """Run every case."""
-    recording = Recording("verl", "verl")
-    everything = batches.make()
-    for settings, names in cases():
-        for batch in names:
-            inputs = batches.choose(everything, batch)
-            parts = (2, 3) if "micro_batches" in settings else (batches.B,)
-            bounds = np.cumsum((0, *parts))
-            made = [
-                loss_of(settings, inputs, slice(*pair))
-                for pair in zip(bounds, bounds[1:], strict=False)
-            ]
-            recording.add(
-                settings,
-                batch,
-                inputs,
-                lambda hidden, weight, made=made: sum(loss(hidden, weight) for loss, _ in made),
-                dtype=made[0][1],
-                parts=parts,
-            )
-    recording.write()
-
-
 if __name__ == "__main__":
-    main()
+    record("verl", "verl", cases(), loss_of)
