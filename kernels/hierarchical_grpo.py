@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
 from .hierarchical_grpo_chunks import Found, gather, run
 from .hierarchical_grpo_metrics import Metrics
 from .hierarchical_grpo_plan import LEVELS, Plan, Selection
-from .hierarchical_grpo_sources import Given, Head, compute_dtype
+from .hierarchical_grpo_sources import Given, Head, compute_dtype, gradient_dtype
 from .hierarchical_grpo_spec import LossSpec, spec_of
 from .hierarchical_grpo_tokens import METRICS, depends_on_advantage
 from .selected_logprob import Impl, use_triton
@@ -72,7 +72,8 @@ def fused_linear_grpo(
             frozen head) its GEMM is not run. Of a sharded head (FSDP2), over ranks that hold
             different tokens, give ``weight.full_tensor(grad_placements=[Partial()])``: that sums
             the ranks' gradients, as a plan with :class:`Counts` of all of them needs.
-        targets: [T] int64 or int32. ``-100`` makes a row's value and gradient 0.
+        targets: [T] int64 or int32. ``-100`` makes a row's value and gradient 0; it still counts
+            in denominators and, at a ratio of 1, in its sequence's mean.
         plan: from :func:`make_plan`, for T tokens.
         old_logp: [T] float: log-probs under the policy that the ratio is against.
         ref_logp: [T] float; needed with ``spec.kl``.
@@ -206,8 +207,10 @@ def _fused_linear_grpo_op(
     return (
         *_outputs(found, chosen, hidden.shape[0]),
         hidden.new_zeros(0) if by_hidden is None else by_hidden,
-        weight.new_zeros(0) if by_weight is None else by_weight.to(weight.dtype),
-        hidden.new_zeros(0) if by_bias is None or bias is None else by_bias.to(bias.dtype),
+        weight.new_zeros(0) if by_weight is None else by_weight.to(gradient_dtype(weight.dtype)),
+        hidden.new_zeros(0)
+        if by_bias is None or bias is None
+        else by_bias.to(gradient_dtype(bias.dtype)),
     )
 
 
@@ -254,15 +257,19 @@ def _(
     want_hidden, want_weight, want_bias = rest[-3:]
     return (
         *_fake_outputs(hidden),
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
-        bias.new_empty(bias.shape) if want_bias and bias is not None else hidden.new_empty(0),
+        _fake_gradient(hidden) if want_hidden else hidden.new_empty(0),
+        _fake_gradient(weight) if want_weight else weight.new_empty(0),
+        _fake_gradient(bias) if want_bias and bias is not None else hidden.new_empty(0),
     )
 
 
 @_logits_grpo_op.register_fake
 def _(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return (*_fake_outputs(logits), logits.new_empty(logits.shape if rest[-1] else 0))
+    return (*_fake_outputs(logits), _fake_gradient(logits) if rest[-1] else logits.new_empty(0))
+
+
+def _fake_gradient(leaf: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(leaf, dtype=gradient_dtype(leaf.dtype))
 
 
 def _fake_outputs(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -283,12 +290,20 @@ def _save_head_gradients(
     _only_the_loss(ctx, output)
     ctx.save_for_backward(*output[4:])
     ctx.wanted, ctx.parts = inputs[-3:], len(inputs[4])
+    ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in inputs[:3]]
+
+
+def _scaled(grad: torch.Tensor, by_loss: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """In float32, and rounded once: a third in bfloat16 would bias every gradient by 0.1 %."""
+    out = torch.empty_like(grad, dtype=dtype)
+    # Of as many dimensions, or the scalar would be rounded to the gradient's dtype first.
+    return torch.mul(grad, by_loss.reshape((1,) * grad.ndim), out=out)
 
 
 def _head_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     scaled = [
-        grad * by_loss.to(grad.dtype) if wanted else None
-        for grad, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
+        _scaled(grad, by_loss, dtype) if wanted else None
+        for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
     ]
     return (*scaled, None, [None] * ctx.parts, *(None,) * 10)
 
@@ -298,12 +313,12 @@ def _save_logits_gradient(
 ) -> None:
     _only_the_loss(ctx, output)
     ctx.save_for_backward(output[4])
-    ctx.wanted, ctx.parts = inputs[-1], len(inputs[2])
+    ctx.wanted, ctx.parts, ctx.dtype = inputs[-1], len(inputs[2]), inputs[0].dtype
 
 
 def _logits_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     (grad,) = ctx.saved_tensors
-    scaled = grad * by_loss.to(grad.dtype) if ctx.wanted else None
+    scaled = _scaled(grad, by_loss, ctx.dtype) if ctx.wanted else None
     return (scaled, None, [None] * ctx.parts, *(None,) * 7)
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from .hierarchical_grpo_rows import Shard
 
-__all__ = ["Given", "Head", "compute_dtype"]
+__all__ = ["Given", "Head", "compute_dtype", "gradient_dtype"]
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -20,6 +20,11 @@ _HALVES = (torch.bfloat16, torch.float16)
 def compute_dtype(like: torch.Tensor) -> torch.dtype:
     """Of logits, log-probs and losses."""
     return torch.float64 if like.dtype is torch.float64 else torch.float32
+
+
+def gradient_dtype(leaf: torch.dtype) -> torch.dtype:
+    """Of a gradient until backward: a loss scaler comes only then; float16 underflows before."""
+    return torch.float32 if leaf is torch.float16 else leaf
 
 
 class Head:
@@ -48,7 +53,9 @@ class Head:
         half = weight.is_cuda and weight.dtype is torch.bfloat16
         self.weights_dtype = torch.bfloat16 if half else self._compute
         vocab = weight.shape[0]
-        self.by_hidden = hidden.new_zeros(hidden.shape) if wanted[0] else None
+        self.by_hidden = None
+        if wanted[0]:
+            self.by_hidden = hidden.new_zeros(hidden.shape, dtype=gradient_dtype(hidden.dtype))
         self.by_weight = weight.new_zeros(weight.shape, dtype=self._compute) if wanted[1] else None
         self.by_bias = weight.new_zeros(vocab, dtype=self._compute) if wanted[2] else None
 
@@ -92,7 +99,9 @@ class Given:
         self._rows = rows
         self.shard = Shard(0, logits.shape[1], None)
         self.weights_dtype = compute_dtype(logits)
-        self.by_logits = torch.zeros_like(logits) if wanted else None
+        self.by_logits = None
+        if wanted:
+            self.by_logits = torch.zeros_like(logits, dtype=gradient_dtype(logits.dtype))
 
     def logits(self, part: slice) -> torch.Tensor:
         # An index makes a copy, as does the conversion: what comes out may be used up.

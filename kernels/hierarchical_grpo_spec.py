@@ -81,6 +81,7 @@ class LossSpec:
         entropy: compute the entropy for the metrics although ``entropy_coef`` is 0.
         temperature: > 0, divides the logits. One per token is an argument of the ops.
         softcap: ``softcap * tanh(logits / softcap)`` before the temperature; > 0, or ``None``.
+            A logit of -inf stays one.
         logit_scale: multiplies the logits before everything else; not 0.
 
     Raises:

@@ -59,7 +59,9 @@ def compare(batch, spec, plan, *, bound, temperature=None, chunk_rows=3):
     if plan.trainable.rows.numel():
         expected = torch.autograd.grad(truth, batch.leaves)
         for got, want in zip(torch.autograd.grad(out.loss, batch.leaves), expected, strict=True):
-            assert difference(got, want) <= bound
+            # Autograd's 1 - p is only good to the last digit of 1; ours is to that of itself.
+            slack = bound * want.abs().max().item() + 1e-13
+            assert (got - want).abs().max().item() <= slack
     return out
 
 

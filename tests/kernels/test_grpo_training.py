@@ -113,6 +113,33 @@ def test_backward_twice_and_twice_in_a_sum(make_grpo_batch):
         torch.testing.assert_close(got, 3 * grad, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["head", "logits"])
+def test_a_factor_on_the_loss_costs_no_digits(make_grpo_batch, dtype, op):
+    """A third is not a bfloat16; and unscaled, these gradients are too small for float16."""
+    batch = make_grpo_batch(seed=36).to(dtype)
+    plan = batch.plan(level_weight=(1e-7, 1e-7))
+
+    def gradients(leaves, factor):
+        called = fused_linear_grpo if op == "head" else logits_grpo
+        out = called(*leaves, batch.targets, plan, *batch.rows)
+        return torch.autograd.grad(factor * out.loss, leaves)
+
+    leaves = batch.leaves[:2]
+    if op == "logits":
+        leaves = ((batch.hidden @ batch.weight.t()).detach().requires_grad_(),)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    for factor in (2.0**20 / 3, 2.0**22):
+        for got, want in zip(gradients(leaves, factor), gradients(exact, factor), strict=True):
+            assert got.dtype is dtype
+            # bfloat16 is rounded before the factor as well; and float32's errors before that.
+            near = torch.finfo(dtype).eps * want.abs() + 1e-5 * want.abs().max()
+            assert ((got.double() - want).abs() <= near).all()
+            assert (got.double() * want.sign()).sum().item() == pytest.approx(
+                want.abs().sum().item(), rel=1e-3
+            )
+
+
 def test_the_embedding_may_be_the_head(make_grpo_batch):
     batch = make_grpo_batch(seed=37)
     tied = batch.weight.detach().clone().requires_grad_()
@@ -255,9 +282,17 @@ def test_compiled_as_one_graph_for_plan_after_plan(make_grpo_batch, own_loss, ki
     def step(hidden, weight, targets, plan, old, ref):
         return fused_linear_grpo(torch.tanh(hidden), weight, targets, plan, old, ref, spec=spec)
 
+    graphs = []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph
+
     torch.compiler.reset()
+    backend = counting if backend == "eager" else backend
     compiled = torch.compile(step, fullgraph=True, backend=backend)
-    for seed in (51, 52, 53):
+    compiled_for = []
+    for seed in range(51, 57):
         batch = make_grpo_batch(seed=seed).to(torch.float32)
         args = (batch.hidden, batch.weight, batch.targets, batch.plan(), *batch.rows)
         results = []
@@ -267,6 +302,8 @@ def test_compiled_as_one_graph_for_plan_after_plan(make_grpo_batch, own_loss, ki
             metrics = out.metrics.wait()
             assert metrics["step/tokens"] + metrics["episode/tokens"] == int(batch.mask.sum())
         torch.testing.assert_close(*results)
+        compiled_for.append(len(graphs))
+    assert compiled_for[-1] == compiled_for[2]  # sizes that have changed once may be any
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
