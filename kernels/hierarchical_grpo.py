@@ -19,20 +19,24 @@ from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
     _resolve_process_group,
 )
 
+from .hierarchical_grpo_checks import (
+    DTYPES,
+    Impl,
+    check_head,
+    check_targets,
+    check_values,
+    rows_of_chunk,
+    use_triton,
+)
 from .hierarchical_grpo_chunks import Found, gather, run
 from .hierarchical_grpo_metrics import Metrics
 from .hierarchical_grpo_plan import LEVELS, Plan, Selection
 from .hierarchical_grpo_sources import Given, Head, compute_dtype, gradient_dtype
 from .hierarchical_grpo_spec import LossSpec, spec_of
 from .hierarchical_grpo_tokens import METRICS, depends_on_advantage
-from .selected_logprob import Impl, use_triton
 
 __all__ = ["LossOutput", "fused_linear_grpo", "logits_grpo"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Large enough that a GEMM over one chunk runs at full rate.
-_CHUNK_LOGITS_BYTES = 2**32
-_MOST_CHUNK_ROWS = 8192
 _DEFAULT = LossSpec()
 
 
@@ -96,7 +100,7 @@ def fused_linear_grpo(
             f"entropy_coef is {spec.entropy_coef} with a vocab_group, expected 0: the entropy's "
             "gradient is not computed over a split vocabulary"
         )
-    _check_head(hidden, weight, bias)
+    check_head(hidden, weight, bias)
     _check_tokens(hidden, targets, plan, old_logp, ref_logp, temperature, spec)
     selection = plan.select(spec, depends_on_advantage=depends_on_advantage(spec.kind))
     grad = torch.is_grad_enabled()
@@ -111,8 +115,8 @@ def fused_linear_grpo(
         temperature,
         spec.text,
         "" if vocab_group is None else vocab_group.group_name,
-        _rows_of(chunk_rows, weight.shape[0]),
-        use_triton(impl, hidden.device),
+        rows_of_chunk(chunk_rows, weight.shape[0]),
+        use_triton(impl, hidden),
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
@@ -138,7 +142,7 @@ def logits_grpo(
         ValueError: a shape, dtype, device or setting does not fit; the message says which.
     """
     spec = _DEFAULT if spec is None else spec
-    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in _DTYPES:
+    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in DTYPES:
         raise ValueError(
             f"logits is {logits.dtype} {tuple(logits.shape)}, expected (T, V) of float32, "
             "bfloat16, float16 or float64"
@@ -153,8 +157,8 @@ def logits_grpo(
         ref_logp,
         temperature,
         spec.text,
-        _rows_of(chunk_rows, logits.shape[1]),
-        use_triton(impl, logits.device),
+        rows_of_chunk(chunk_rows, logits.shape[1]),
+        use_triton(impl, logits),
         torch.is_grad_enabled() and logits.requires_grad,
     )
     return LossOutput(loss, logp, entropy, Metrics(metrics, plan))
@@ -331,39 +335,6 @@ def _group_of(name: str) -> dist.ProcessGroup | None:
     return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
 
 
-def _rows_of(chunk_rows: int | None, vocab: int) -> int:
-    if chunk_rows is None:
-        return max(1, min(_MOST_CHUNK_ROWS, _CHUNK_LOGITS_BYTES // (4 * vocab)))
-    if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}, expected >= 1")
-    return chunk_rows
-
-
-def _check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if hasattr(weight, "full_tensor"):
-        raise ValueError(
-            f"weight is a {type(weight).__name__}, expected a plain tensor, such as "
-            "weight.full_tensor(grad_placements=[Partial()])"
-        )
-    if weight.ndim != 2 or weight.shape[0] == 0:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (V, H) with V >= 1")
-    if hidden.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden has shape {tuple(hidden.shape)}, expected (T, {weight.shape[1]}) to match "
-            f"weight {tuple(weight.shape)}"
-        )
-    if hidden.dtype not in _DTYPES or weight.dtype is not hidden.dtype:
-        raise ValueError(
-            f"hidden is {hidden.dtype} and weight is {weight.dtype}, expected both of one dtype "
-            "of float32, bfloat16, float16, float64"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    for name, tensor in {"weight": weight, "bias": bias}.items():
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}, expected {hidden.device} like hidden")
-
-
 def _check_tokens(
     rows: torch.Tensor,
     targets: torch.Tensor,
@@ -375,22 +346,9 @@ def _check_tokens(
 ) -> None:
     if rows.shape[0] != plan.tokens:
         raise ValueError(f"got {rows.shape[0]} rows, expected the plan's {plan.tokens} tokens")
-    if targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"targets is {targets.dtype}, expected torch.int64 or torch.int32")
+    check_targets(targets)
     if spec.kl is not None and ref_logp is None:
         raise ValueError("ref_logp is None, expected log-probs of the reference for spec.kl")
-    named = {
-        "targets": targets,
-        "old_logp": old_logp,
-        "ref_logp": ref_logp,
-        "temperature": temperature,
-    }
-    for name, values in named.items():
-        if values is None:
-            continue
-        if values.shape != (plan.tokens,):
-            raise ValueError(
-                f"{name} has shape {tuple(values.shape)}, expected ({plan.tokens},), the plan's"
-            )
-        if values.device != rows.device:
-            raise ValueError(f"{name} is on {values.device}, expected {rows.device} like the rows")
+    check_values(
+        rows, targets=targets, old_logp=old_logp, ref_logp=ref_logp, temperature=temperature
+    )

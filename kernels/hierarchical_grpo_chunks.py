@@ -22,7 +22,16 @@ from .hierarchical_grpo_rows import (
 from .hierarchical_grpo_spec import LossSpec
 from .hierarchical_grpo_tokens import METRICS, token_terms
 
-__all__ = ["Batch", "Found", "Source", "gather", "run"]
+__all__ = [
+    "Asked",
+    "Batch",
+    "Found",
+    "Source",
+    "gather",
+    "inverse_temperatures",
+    "log_probs",
+    "run",
+]
 
 
 class Source(Protocol):
@@ -41,6 +50,13 @@ class Source(Protocol):
     def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
         """The gradient of these rows' logits: ``weights`` [C, V], by row times ``scale`` [C]."""
         ...
+
+
+class Asked(NamedTuple):
+    """What a log-prob depends on besides the logits."""
+
+    targets: torch.Tensor  # [N] int64
+    inverse_temperature: torch.Tensor  # [N]
 
 
 class Batch(NamedTuple):
@@ -84,16 +100,36 @@ def gather(
     def compared(values: torch.Tensor) -> torch.Tensor:
         return torch.where(ignored, 0.0, values[rows].to(compute))
 
-    if temperature is None:
-        inverse = torch.full(rows.shape, 1 / spec.temperature, dtype=compute, device=rows.device)
-    else:
-        inverse = 1 / temperature[rows].to(compute)
     return Batch(
         targets=targets,
         old_logp=compared(old_logp),
         ref_logp=None if ref_logp is None else compared(ref_logp),
-        inverse_temperature=inverse,
+        inverse_temperature=inverse_temperatures(rows, temperature, spec, compute),
     )
+
+
+def inverse_temperatures(
+    rows: torch.Tensor, temperature: torch.Tensor | None, spec: LossSpec, compute: torch.dtype
+) -> torch.Tensor:
+    """[N]: from one per token of the batch, or the spec's for all."""
+    if temperature is None:
+        return torch.full(rows.shape, 1 / spec.temperature, dtype=compute, device=rows.device)
+    return 1 / temperature[rows].to(compute)
+
+
+def log_probs(
+    source: Source, asked: Asked, spec: LossSpec, *, chunk_rows: int, triton: bool
+) -> torch.Tensor:
+    """[N]: what :func:`run` finds for these rows, where nobody wants more of them."""
+    logp = torch.zeros_like(asked.inverse_temperature)
+    for part in _parts(len(logp), chunk_rows):
+        mine = Asked(*(values[part] for values in asked))
+        logp[part] = _rows(source, part, mine, spec, triton, keep_weights=False).logp
+    return logp
+
+
+def _parts(rows: int, chunk_rows: int) -> list[slice]:
+    return [slice(at, min(at + chunk_rows, rows)) for at in range(0, rows, chunk_rows)]
 
 
 def run(
@@ -111,15 +147,16 @@ def run(
     A loss by sequence needs the log-probs of all rows before it knows any derivative: then logits
     are computed twice where a gradient is wanted.
     """
-    rows = len(chosen.rows)
     chosen = chosen.only(batch.targets != IGNORED_TARGET)
     logp = torch.zeros_like(batch.old_logp)
     found = Found(logp, torch.zeros_like(logp), logp.new_zeros(LEVELS, len(METRICS)))
-    parts = [slice(at, min(at + chunk_rows, rows)) for at in range(0, rows, chunk_rows)]
+    parts = _parts(len(chosen.rows), chunk_rows)
     derivative = None
     if spec.by_sequence:
         for part in parts:
-            _note(found, part, _rows(source, batch, part, spec, triton, keep_weights=False))
+            mine = batch.part(part)
+            here = _rows(source, part, mine, spec, triton, keep_weights=False)
+            _note(found, part, here)
         terms = token_terms(found.logp, batch.old_logp, batch.ref_logp, found.entropy, chosen, spec)
         derivative, found = terms.derivative, found._replace(metrics=terms.metrics)
         if not want_gradient:
@@ -127,10 +164,11 @@ def run(
     for part in parts:
         # With a gradient through the entropy a row's weights are known after its derivatives only.
         keep = want_gradient and not spec.entropy_coef
-        here = _rows(source, batch, part, spec, triton, keep_weights=keep)
+        mine = batch.part(part)
+        here = _rows(source, part, mine, spec, triton, keep_weights=keep)
         if derivative is None:
             _note(found, part, here)
-            mine, ours = batch.part(part), chosen.part(part.start, part.stop)
+            ours = chosen.part(part.start, part.stop)
             terms = token_terms(here.logp, mine.old_logp, mine.ref_logp, here.entropy, ours, spec)
             found = found._replace(metrics=found.metrics + terms.metrics)
             by_logp = terms.derivative
@@ -159,9 +197,15 @@ def _finished(logits: torch.Tensor, source: Source, spec: LossSpec) -> torch.Ten
 
 
 def _rows(
-    source: Source, batch: Batch, part: slice, spec: LossSpec, triton: bool, *, keep_weights: bool
+    source: Source,
+    part: slice,
+    mine: Batch | Asked,
+    spec: LossSpec,
+    triton: bool,
+    *,
+    keep_weights: bool,
 ) -> Rows:
-    logits, mine = source.logits(part), batch.part(part)
+    logits = source.logits(part)
     anchors = anchors_of(
         logits, mine.targets, source.shard, source.bias, spec.logit_scale, spec.softcap
     )

@@ -133,23 +133,24 @@ def row_sums(
         capped = torch.tanh(logits / softcap)
         slope = torch.where(logits == -torch.inf, 0.0, 1 - capped * capped)
         logits = torch.where(logits == -torch.inf, logits, capped * softcap)
-    distance = (logits - anchors.logit.unsqueeze(1)) * (inverse_temperature * _LOG2E).unsqueeze(1)
+    # Powers of e: a change of base would round each distance once more.
+    distance = (logits - anchors.logit.unsqueeze(1)) * inverse_temperature.unsqueeze(1)
     column = anchors.column.unsqueeze(1)
     own = column == torch.arange(logits.shape[1], device=logits.device)
     distance = torch.where(own, -torch.inf, distance)
-    top = distance.amax(dim=1)
+    top = distance.amax(dim=1) * _LOG2E
     guarded = torch.where(top > _MOST_POWER, top.ceil(), 0.0)
     shift = torch.where(anchors.lost, top.ceil(), guarded)
     shift = torch.where(shift == -torch.inf, NO_SHIFT_YET, shift)
     shift = torch.where(shift < torch.inf, shift, 0.0)  # the sums are to show inf and NaN
-    weights = torch.exp2(distance - shift.unsqueeze(1))
+    weights = torch.exp(distance - (shift * _LN2).unsqueeze(1))
     total = weights.sum(dim=1)
     moment = None
     if entropy:
         # Distances to the shift: the entropy of a row far from its anchor is no difference of two
         # large numbers then.
-        beyond = torch.where(weights > 0, distance - shift.unsqueeze(1), 0.0)
-        moment = (weights * beyond).sum(dim=1) * _LN2
+        beyond = torch.where(weights > 0, distance - (shift * _LN2).unsqueeze(1), 0.0)
+        moment = (weights * beyond).sum(dim=1)
     if slope is not None:
         weights = weights * slope
     return Sums(total, moment, shift, weights.masked_fill_(anchors.ignored.unsqueeze(1), 0.0))

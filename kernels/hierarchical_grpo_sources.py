@@ -45,8 +45,9 @@ class Head:
             ranks = dist.get_world_size(group)
             self.shard = Shard(dist.get_rank(group) * here, ranks * here, group)
         self._compute = compute_dtype(hidden)
-        self._x = hidden[rows]
-        self._weight = weight
+        self._hidden = hidden
+        # On CPU a half-precision head is converted once, not for every chunk.
+        self._weight = weight if weight.is_cuda else weight.to(self._compute)
         self.bias = bias
         self._rows = rows
         # float16's range is too small for the rows' weights.
@@ -60,7 +61,7 @@ class Head:
         self.by_bias = weight.new_zeros(vocab, dtype=self._compute) if wanted[2] else None
 
     def logits(self, part: slice) -> torch.Tensor:
-        return self._product(self._x[part], self._weight.t())
+        return self._product(self._hidden[self._rows[part]], self._weight.t())
 
     def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
         column = None if scale is None else scale.unsqueeze(1)
@@ -71,7 +72,7 @@ class Head:
                 dist.all_reduce(back, group=self.shard.group)
             self.by_hidden[self._rows[part]] = back.to(self.by_hidden.dtype)
         if self.by_weight is not None:
-            x = self._x[part]
+            x = self._hidden[self._rows[part]]
             scaled = (x if column is None else x * column).to(weights.dtype)
             if weights.dtype is self._compute:
                 self.by_weight.addmm_(weights.t(), scaled)

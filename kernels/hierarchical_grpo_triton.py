@@ -26,8 +26,10 @@ __all__ = [
     "row_sums_triton",
 ]
 
-# 4096 float32 over 8 warps are four 128-bit loads per thread in flight.
-BLOCK = 4096
+# Of the sizes tried (docs/decisions/0012) the one where every variant of every kernel stays within
+# 64 registers, so that four programs share a multiprocessor. One size for all of them: how a sum is
+# split decides its last bits, and log-probs are to be the same with and without entropy.
+BLOCK = 2048
 NUM_WARPS = 8
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -88,7 +90,7 @@ def row_sums_kernel(
     logits_ptr += row * row_stride
     if weights_ptr is not None:
         weights_ptr += row * weights_stride
-    target = tl.load(column_ptr + row)
+    target = tl.load(column_ptr + row).to(tl.int32)
     anchor = tl.load(anchor_ptr + row)
     lost = tl.load(lost_ptr + row) != 0
     wanted = tl.load(ignored_ptr + row) == 0
@@ -105,7 +107,6 @@ def row_sums_kernel(
             logits_ptr, bias_ptr, columns, inside, logit_scale, softcap, has_softcap
         )
         distance = tl.where(columns == target, float("-inf"), (logit - anchor) * scale)
-        distance = tl.where(inside, distance, float("-inf"))
         top = tl.max(distance, axis=0)
         if (top - shift > _MOST_POWER) & (top < float("inf")):
             higher = tl.ceil(top)
@@ -114,19 +115,22 @@ def row_sums_kernel(
             partial *= lower
             if weights_ptr is not None:
                 for before in range(0, start, block):
+                    # A loop with a barrier is not unrolled: it is rare, and its registers are the
+                    # kernel's.
+                    tl.debug_barrier()
                     at = weights_ptr + before + lanes
                     kept = tl.load(at).to(tl.float32) * lower
                     tl.store(at, kept.to(weights_ptr.dtype.element_ty))
             shift = higher
         power = tl.exp2(distance - shift)
         partial += power
-        if moment_ptr is not None:
-            moment += power * tl.where(power > 0.0, distance - shift, 0.0)
         if weights_ptr is not None:
             # Weights may lie over logits that another thread has yet to read.
             tl.debug_barrier()
             kept = tl.where(wanted, power * slope, 0.0)
             tl.store(weights_ptr + columns, kept.to(weights_ptr.dtype.element_ty), mask=inside)
+        if moment_ptr is not None:
+            moment += power * tl.where(power > 0.0, distance - shift, 0.0)
 
     tl.store(total_ptr + row, tl.sum(partial, axis=0))
     tl.store(shift_ptr + row, shift)
@@ -236,7 +240,7 @@ def row_sums_triton(
             anchors.lost.view(torch.uint8),
             anchors.ignored.view(torch.uint8),
             inverse_temperature.contiguous(),
-            bias,
+            None if bias is None else bias.contiguous(),
             total,
             moment,
             shift,
@@ -273,7 +277,7 @@ def logit_gradients_triton(
             gradients,
             targets.contiguous(),
             inverse_temperature.contiguous(),
-            bias,
+            None if bias is None else bias.contiguous(),
             by_logp.contiguous(),
             by_entropy.contiguous(),
             logits.stride(0),

@@ -10,6 +10,13 @@ import pytest
 import torch
 
 from thor_fast.kernels import Plan, make_plan
+from thor_fast.kernels.hierarchical_grpo_rows import (
+    Rows,
+    Shard,
+    anchors_of,
+    finish_rows,
+    row_sums,
+)
 
 
 @dataclass(frozen=True)
@@ -137,3 +144,51 @@ def _make_grpo_batch(
 @pytest.fixture(scope="session")
 def make_grpo_batch() -> Callable[..., GrpoBatch]:
     return _make_grpo_batch
+
+
+def _row_stage(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+    *,
+    triton: bool = False,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    weights: torch.Tensor | None = None,
+) -> Rows:
+    """The vocabulary's stage over whole rows of logits [C, V], as the loss runs it.
+
+    Triton's leaves the logits alone unless ``weights`` lies over them; the twin keeps the weights
+    that it makes.
+    """
+    inverse = (1 / torch.as_tensor(temperature)).expand(len(logits))
+    inverse = inverse.to(torch.promote_types(logits.dtype, torch.float32))
+    shard = Shard(0, logits.shape[1], None)
+    anchors = anchors_of(logits, targets, shard, bias, logit_scale, softcap)
+    if triton:
+        from thor_fast.kernels.hierarchical_grpo_triton import row_sums_triton
+
+        sums = row_sums_triton(
+            logits,
+            anchors,
+            inverse,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            entropy=entropy,
+            weights=weights,
+        )
+        keep = weights is not None
+    else:
+        finished = logits.to(inverse.dtype, copy=True)
+        finished = (finished if bias is None else finished + bias) * logit_scale
+        sums = row_sums(finished, anchors, inverse, softcap=softcap, entropy=entropy)
+        keep = True
+    return finish_rows(sums, anchors, inverse, shard, softcap=softcap, keep_weights=keep)
+
+
+@pytest.fixture(scope="session")
+def row_stage() -> Callable[..., Rows]:
+    return _row_stage

@@ -28,12 +28,12 @@ def arguments():
 
 
 SHARED = [
-    ({"targets": torch.zeros(4).long()}, r"targets has shape \(4,\), expected \(5,\), the plan's"),
+    ({"targets": torch.zeros(4).long()}, r"targets has shape \(4,\), expected \(5,\), one per row"),
     ({"targets": torch.zeros(T)}, "targets is torch.float32, expected torch.int64 or torch.int32"),
-    ({"old_logp": torch.zeros(T, 1)}, r"old_logp has shape \(5, 1\), expected \(5,\), the plan's"),
+    ({"old_logp": torch.zeros(T, 1)}, r"old_logp has shape \(5, 1\), expected \(5,\), one per row"),
     ({"old_logp": torch.zeros(T, device="meta")}, "old_logp is on meta, expected cpu like the"),
-    ({"ref_logp": torch.zeros(6)}, r"ref_logp has shape \(6,\), expected \(5,\), the plan's"),
-    ({"temperature": torch.ones(())}, r"temperature has shape \(\), expected \(5,\), the plan's"),
+    ({"ref_logp": torch.zeros(6)}, r"ref_logp has shape \(6,\), expected \(5,\), one per row"),
+    ({"temperature": torch.ones(())}, r"temperature has shape \(\), expected \(5,\), one per row"),
     ({"spec": LossSpec(kl=KL())}, "ref_logp is None, expected log-probs of the reference for spec"),
     ({"spec": LossSpec(kind="reinforce")}, "kind is 'reinforce', expected one of ppo, cispo, gspo"),
     ({"chunk_rows": 0}, "chunk_rows is 0, expected >= 1"),
