@@ -31,6 +31,9 @@ from thor_fast.kernels.hierarchical_grpo_triton import (
     logit_gradients_triton,
 )
 
+# Triton 3.6's interpreter takes scalars out of arrays in a way that numpy 2.3 warns of.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+
 INF, NAN = math.inf, math.nan
 # Nothing but logits; and all that a head may do to them.
 HEADS = [{}, {"bias": True, "logit_scale": -0.7, "softcap": 5.0}]
