@@ -20,7 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 __all__ = ["Update", "append_record", "print_table", "progress"]
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("thor_fast", "torch", "transformers", "numpy", "vllm")
+_PACKAGES = (
+    *("thor_fast", "torch", "triton", "transformers", "numpy", "vllm"),
+    *("trl", "verl", "liger-kernel", "quack-kernels", "cut-cross-entropy"),
+)
 _REPOSITORY = Path(__file__).parent.parent
 
 
@@ -94,7 +97,8 @@ def append_record(
 
 def _commit() -> dict[str, Any]:
     """The commit of the checkout, and whether it has changes beyond benchmark results."""
-    commit = _git("rev-parse", "HEAD")
+    # A copy of a working tree has no history: whoever copied it may say what it was.
+    commit = _git("rev-parse", "HEAD") or os.environ.get("THOR_COMMIT")
     status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {"commit": commit, "dirty": None if status is None else bool(status)}
 

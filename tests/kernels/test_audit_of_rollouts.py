@@ -58,7 +58,7 @@ def test_sampling_logprobs_are_those_of_the_final_hidden_states(policy, trajecto
         # Row t predicts token t + 1; prompt and observations are nobody's samples.
         targets = torch.where(mask, ids, IGNORED_TARGET)[1:]
         got = selected_logprob(
-            hidden[:-1], model.lm_head.weight, targets, temperature=TEMPERATURE, chunk_tokens=50
+            hidden[:-1], model.lm_head.weight, targets, temperature=TEMPERATURE, chunk_rows=50
         )
         reported = torch.from_numpy(trajectory.sampling_logprobs)[1:]
         # Both are float32 sums in another order (decode step by step, prefill at once).

@@ -6,6 +6,31 @@ The sources are the repository's ``kernels/``, which knows nothing of thor_fast.
 
 from __future__ import annotations
 
+from thor_fast.kernels.hierarchical_grpo import LossOutput, fused_linear_grpo, logits_grpo
+from thor_fast.kernels.hierarchical_grpo_metrics import Metrics
+from thor_fast.kernels.hierarchical_grpo_plan import Aggregation, Counts, Plan, make_plan
+from thor_fast.kernels.hierarchical_grpo_reference import (
+    linear_grpo_reference,
+    logits_grpo_reference,
+)
+from thor_fast.kernels.hierarchical_grpo_spec import KL, LossSpec
+from thor_fast.kernels.hierarchical_grpo_tokens import register_loss
 from thor_fast.kernels.selected_logprob import IGNORED_TARGET, selected_logprob
 
-__all__ = ["IGNORED_TARGET", "selected_logprob"]
+__all__ = [
+    "IGNORED_TARGET",
+    "KL",
+    "Aggregation",
+    "Counts",
+    "LossOutput",
+    "LossSpec",
+    "Metrics",
+    "Plan",
+    "fused_linear_grpo",
+    "linear_grpo_reference",
+    "logits_grpo",
+    "logits_grpo_reference",
+    "make_plan",
+    "register_loss",
+    "selected_logprob",
+]
