@@ -10,6 +10,7 @@ import torch
 from loss_peers.registry import Backend
 from loss_problem import Problem
 from loss_truth import Truth, errors_of
+from report import first_line
 
 __all__ = ["Measurement", "check", "floors", "measure"]
 
@@ -40,7 +41,7 @@ def check(backend: Backend, problem: Problem, truth: Truth) -> tuple[dict[str, f
     except torch.OutOfMemoryError:
         return {}, "out of memory"
     except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
-        return {}, f"failed: {type(error).__name__}: {_first_line(error)}"
+        return {}, f"failed: {type(error).__name__}: {first_line(error)[:200]}"
     finally:
         _forget(problem)
     bound = TOLERANCE[problem.hidden.dtype]
@@ -49,10 +50,6 @@ def check(backend: Backend, problem: Problem, truth: Truth) -> tuple[dict[str, f
     if not errors[worst] <= bound or any(e != e for e in errors.values()):
         return errors, f"wrong: {worst} is off by {errors[worst]:.1e}, expected at most {bound:g}"
     return errors, ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _forget(problem: Problem) -> None:

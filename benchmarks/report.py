@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["Update", "append_record", "print_table", "progress"]
+__all__ = ["Update", "append_record", "first_line", "print_table", "progress"]
 
 SCHEMA_VERSION = 1
 _PACKAGES = (
@@ -63,6 +63,11 @@ def _bar(label: str) -> Iterator[Update]:
     with Progress(*columns, console=Console(), refresh_per_second=2) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def first_line(error: Exception) -> str:
+    """Of a message that may have many."""
+    return str(error).strip().partition("\n")[0]
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from report import first_line
 from subprocess_sandbox import SubprocessSandbox
 
 from thor_fast.engines.base import Engine
@@ -19,7 +20,7 @@ from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.sandbox.base import Sandbox
 from thor_fast.synthetic import Task, tiny_policy_path
 
-__all__ = ["Setup", "build", "first_line"]
+__all__ = ["Setup", "build"]
 
 # THOR's max_interaction_round.
 _MAX_TOOL_CALLS = 5
@@ -119,11 +120,6 @@ def _sandbox(name: str) -> Sandbox:
     from thor_fast.sandbox import NativeSandbox
 
     return NativeSandbox()
-
-
-def first_line(error: Exception) -> str:
-    """Of a message that may have many."""
-    return str(error).strip().partition("\n")[0]
 
 
 def _has_template(tokenizer: Any) -> bool:

@@ -26,8 +26,8 @@ from typing import Any, cast
 from barrier_rollout import barrier_rollout, changed_tokens
 from command_line import OneLineParser, count
 from metering import Meter, MeteredEngine, MeteredSandbox
-from report import Update, append_record, print_table, progress
-from rollout_setup import Setup, build, first_line
+from report import Update, append_record, first_line, print_table, progress
+from rollout_setup import Setup, build
 
 from thor_fast.engines.base import SamplingParams
 from thor_fast.errors import ThorError

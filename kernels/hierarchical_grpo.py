@@ -23,6 +23,7 @@ from .hierarchical_grpo_checks import (
     DTYPES,
     Impl,
     check_head,
+    check_plan,
     check_targets,
     check_values,
     rows_of_chunk,
@@ -344,8 +345,7 @@ def _check_tokens(
     temperature: torch.Tensor | None,
     spec: LossSpec,
 ) -> None:
-    if rows.shape[0] != plan.tokens:
-        raise ValueError(f"got {rows.shape[0]} rows, expected the plan's {plan.tokens} tokens")
+    check_plan(rows, plan)
     check_targets(targets)
     if spec.kl is not None and ref_logp is None:
         raise ValueError("ref_logp is None, expected log-probs of the reference for spec.kl")

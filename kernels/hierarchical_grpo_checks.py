@@ -9,10 +9,13 @@ from typing import Literal
 
 import torch
 
+from .hierarchical_grpo_plan import Plan
+
 __all__ = [
     "DTYPES",
     "Impl",
     "check_head",
+    "check_plan",
     "check_targets",
     "check_values",
     "rows_of_chunk",
@@ -102,6 +105,16 @@ def check_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     for name, tensor in {"weight": weight, "bias": bias}.items():
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}, expected {hidden.device} like hidden")
+
+
+def check_plan(rows: torch.Tensor, plan: Plan) -> None:
+    """As many rows as the plan has tokens.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    if rows.shape[0] != plan.tokens:
+        raise ValueError(f"got {rows.shape[0]} rows, expected the plan's {plan.tokens} tokens")
 
 
 def check_targets(targets: torch.Tensor) -> None:

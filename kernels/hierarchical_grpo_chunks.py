@@ -165,7 +165,8 @@ def run(
         # With a gradient through the entropy a row's weights are known after its derivatives only.
         keep = want_gradient and not spec.entropy_coef
         mine = batch.part(part)
-        here = _rows(source, part, mine, spec, triton, keep_weights=keep)
+        if derivative is None or keep:
+            here = _rows(source, part, mine, spec, triton, keep_weights=keep)
         if derivative is None:
             _note(found, part, here)
             ours = chosen.part(part.start, part.stop)

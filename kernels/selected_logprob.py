@@ -23,6 +23,7 @@ import torch
 from .hierarchical_grpo_checks import (
     Impl,
     check_head,
+    check_plan,
     check_targets,
     check_values,
     rows_of_chunk,
@@ -84,13 +85,12 @@ def selected_logprob(
         for_all = float(temperature)
     spec = LossSpec(temperature=for_all, softcap=softcap, logit_scale=logit_scale)
     check_head(hidden, weight, bias)
-    tokens = hidden.shape[0]
-    if plan is not None and plan.tokens != tokens:
-        raise ValueError(f"got {tokens} rows, expected the plan's {plan.tokens} tokens")
+    if plan is not None:
+        check_plan(hidden, plan)
     check_targets(targets)
     check_values(hidden, targets=targets, temperature=by_token)
     if plan is None:
-        rows = torch.arange(tokens, device=hidden.device)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
     else:
         rows = plan.trainable.to(hidden.device).rows
     with torch.no_grad():

@@ -8,13 +8,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from thor_fast.types import ExecutionRequest, ExecutionResult, Status
-
-# How long an example takes is the machine's affair, not the test's.
-settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("steady")
 
 CORPUS = [
     "Let me compute.\n```python\nprint(6*7)\n```\n\nSo the answer is \\boxed{42}.<|im_end|>",
