@@ -40,7 +40,8 @@ def test_ranks_together_give_what_one_process_gives(ranks, tmp_path):
 
 
 @pytest.fixture
-def group_of_one(tmp_path):
+def group_of_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # torch puts its own there, for good
     dist.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1
     )

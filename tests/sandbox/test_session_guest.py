@@ -40,7 +40,8 @@ class Blocks:
 
 
 @pytest.fixture
-def blocks(capsys: pytest.CaptureFixture[str]) -> Blocks:
+def blocks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Blocks:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # as a fresh interpreter has it
     return Blocks(capsys)
 
 
@@ -109,10 +110,7 @@ def test_warning_of_the_same_line_number_is_shown_in_each_block(blocks: Blocks) 
         assert blocks.run("1\n1\nwarnings.warn('w')\n")[1] == "block3.py 3\n"
 
 
-def test_excepthook_of_the_block_shows_its_exceptions(
-    blocks: Blocks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+def test_excepthook_of_the_block_shows_its_exceptions(blocks: Blocks) -> None:
     blocks.run(
         "import sys\nsys.excepthook = lambda kind, error, trace: print(kind, trace.tb_lineno)"
     )
