@@ -207,8 +207,8 @@ _HOG = Snippet("table = bytearray(2 * 1024**3)\nprint(len(table))\n", ending=End
 
 
 def _mixed(batch: int) -> Sequence[Snippet]:
-    """Two sets, because the time of a single one is that of its slowest snippet."""
-    return [s for half in "ab" for s in _mixed_set(random.Random(f"mixed {batch} {half}"))]
+    """Four sets: the less there are, the more of the time is the wait for the last endless loop."""
+    return [s for part in "abcd" for s in _mixed_set(random.Random(f"mixed {batch} {part}"))]
 
 
 def _mixed_set(rng: random.Random) -> list[Snippet]:

@@ -268,15 +268,23 @@ std::size_t Fleet::make_jail(std::size_t tier) {
   return index;
 }
 
-// A jail that can take a request of this tier now or soon.
+// A jail that can take a request of this tier now or soon. Soon is better than now where that would
+// have more jails at work than there are slots: a fork for the next snippet and this one would share
+// a CPU, and both be late. (More jails there are once long snippets or dialogues needed them.)
 std::size_t Fleet::jail_for(std::size_t tier) {
+  std::optional<std::size_t> parked;
   std::optional<std::size_t> preparing;
+  std::size_t at_work = 0;
   for (std::size_t i = 0; i < jails_.size(); ++i) {
     const JailHandle* jail = jails_[i].get();
-    if (jail == nullptr || jail->tier != tier || jail->slot || jail->dialogue != 0) continue;
-    if (jail->state == JailHandle::State::kParked) return i;
-    preparing = i;
+    if (jail == nullptr || jail->tier != tier || jail->dialogue != 0) continue;
+    const bool idle = jail->state == JailHandle::State::kParked && !jail->slot;
+    const bool aged = jail->slot && jail->slot->aged;
+    if (!idle && !aged) ++at_work;
+    if (jail->slot) continue;
+    (idle ? parked : preparing) = i;
   }
+  if (parked && (!preparing || at_work < config_.slots)) return *parked;
   return preparing ? *preparing : make_jail(tier);
 }
 
