@@ -277,12 +277,12 @@ def workloads() -> Any:
         sys.modules.pop(name)
 
 
-def test_mixed_is_forty_eight_of_twelve_kinds_twice(workloads: Any) -> None:
+def test_mixed_is_forty_eight_of_twelve_kinds_four_times(workloads: Any) -> None:
     (mixed,) = (w for w in workloads.WORKLOADS if w.name == "mixed")
     batch = mixed.batch(3)
-    assert len(batch) == 2 * workloads.MIXED_SET == 96
-    for half in (batch[:48], batch[48:]):
-        endings = [snippet.ending.value for snippet in half]
+    assert len(batch) == 4 * workloads.MIXED_SET == 192
+    for start in range(0, len(batch), 48):
+        endings = [snippet.ending.value for snippet in batch[start : start + 48]]
         assert [endings.count(e) for e in ("timeout", "flood", "memory")] == [1, 1, 1]
         assert endings.count("error") == 5
     flood = next(s for s in batch if s.ending.value == "flood")

@@ -107,6 +107,19 @@ async def test_the_highest_priority_goes_first_and_equals_keep_their_order(
     assert order == sorted(range(len(priorities)), key=lambda i: (-priorities[i], i))
 
 
+async def test_jails_that_long_snippets_needed_rest_afterwards(single: NativeSandbox) -> None:
+    which_jail = "import os\nprint(os.readlink('/proc/self/ns/net'))"
+    spin = ExecutionRequest("while True: pass", timeout_s=600)
+    endless = asyncio.create_task(single.submit(spin))
+    await _running(single, 1)
+    await single.submit(which_jail)  # beside it, so in another
+    assert single.stats()["jails"] == 2
+    endless.cancel()
+    results = await asyncio.gather(*(single.submit(which_jail) for _ in range(20)))
+    assert [result.stdout[:5] for result in results] == ["net:["] * 20
+    assert len({result.stdout for result in results}) == 1
+
+
 @pytest.mark.parametrize("priority", [2**31, 1.0, True, None])
 def test_a_priority_that_is_none_is_refused(sandbox: NativeSandbox, priority: object) -> None:
     request = ExecutionRequest("", priority=priority)  # type: ignore[arg-type]
