@@ -15,6 +15,10 @@ from thor_fast.kernels.hierarchical_grpo_reference import (
 )
 from thor_fast.kernels.hierarchical_grpo_spec import KL, LossSpec
 from thor_fast.kernels.hierarchical_grpo_tokens import register_loss
+from thor_fast.kernels.paged_kv_splice import splice
+from thor_fast.kernels.paged_kv_splice_builders import plan_append, plan_fork
+from thor_fast.kernels.paged_kv_splice_plan import SplicePlan
+from thor_fast.kernels.paged_kv_splice_view import KVView
 from thor_fast.kernels.selected_logprob import IGNORED_TARGET, selected_logprob
 
 __all__ = [
@@ -22,15 +26,20 @@ __all__ = [
     "KL",
     "Aggregation",
     "Counts",
+    "KVView",
     "LossOutput",
     "LossSpec",
     "Metrics",
     "Plan",
+    "SplicePlan",
     "fused_linear_grpo",
     "linear_grpo_reference",
     "logits_grpo",
     "logits_grpo_reference",
     "make_plan",
+    "plan_append",
+    "plan_fork",
     "register_loss",
     "selected_logprob",
+    "splice",
 ]
