@@ -48,7 +48,8 @@ if TYPE_CHECKING:
             id="fatal-error",
         ),
         pytest.param(
-            "f = lambda: 0\nf.__code__ = f.__code__.replace(co_code=bytes([255, 255] * 8))\nf()",
+            "import opcode\npops = bytes([opcode.opmap['POP_TOP'], 0] * 64)\n"
+            "f = lambda: 0\nf.__code__ = f.__code__.replace(co_code=pops)\nf()",
             {4, 6, 11},
             id="forged-bytecode",
         ),

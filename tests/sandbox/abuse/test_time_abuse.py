@@ -31,7 +31,8 @@ if TYPE_CHECKING:
             id="exception-whose-text-takes-for-ever",
         ),
         pytest.param(
-            "class C:\n    def __del__(self): self.__class__()\nC()", id="finaliser-that-recreates"
+            "class C:\n    def __del__(self):\n        while True: self.__class__.__mro__\nC()",
+            id="finaliser-that-never-returns",
         ),
         pytest.param(
             "import threading; threading.Lock().acquire() and threading.Event().wait()",
