@@ -1,9 +1,8 @@
 """The embedded engine: continuous batching over a Hugging Face causal LM, on CPU or one GPU.
 
-In this version the KV of a session lives in a *slot*: ``max_context`` positions set aside for it
-when the engine is built, ``max_sequences`` slots in all. Pages come later; nothing outside
-``slot_cache.py`` knows the difference. Memory is therefore
-``layers * 2 * max_sequences * max_context * kv_heads * head_width`` elements, used or not.
+KV lives in blocks of a pool that is allocated once, ``layers * 2 * kv_tokens * kv_heads *
+head_width`` elements. ``blocks.py`` counts who holds which block, ``sessions.py`` decides who gets
+one, ``paged_attention.py`` reads and writes them, ``step_loop.py`` runs the steps.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -26,7 +26,10 @@ from thor_fast.engines.base import (
     check_context,
     check_model_folder,
 )
-from thor_fast.engines.slot_cache import SlotCache, probe, shadow
+from thor_fast.engines.blocks import BlockPool
+from thor_fast.engines.model_twin import probe, shadow
+from thor_fast.engines.paged_attention import KVPool
+from thor_fast.engines.sessions import SessionTable
 from thor_fast.engines.step_loop import EngineCounters, StepLoop
 from thor_fast.engines.token_stream import TokenStream
 from thor_fast.errors import EngineError
@@ -43,18 +46,24 @@ class PagedEngine:
     them. All model work happens on one thread of the engine's own, ``GenerateRequest.watch``
     included. Tokens arrive in chunks of up to 16.
 
-    - **Slots.** A session holds one from its first ``generate`` until ``release``. Without a free
-      one a call waits, first come, first served. If nothing can run otherwise, the session that has
-      been idle for longest gives up its slot and is prefilled again when it returns.
-    - **Fork** copies KV while slots are free, and else starts the new session cold.
+    - **Blocks.** A session holds the blocks of its tokens until ``release``; equal beginnings are
+      held once. A call is admitted when there are blocks for its context and one token more,
+      sessions that hold KV first, then first come, first served, at most ``max_sequences`` at a
+      time. A session that is idle loses its KV, the longest unused first, when a running or resumed
+      one needs blocks, or when nothing could run otherwise; it is prefilled again when it returns.
+      Where that is not enough, the youngest call is interrupted and prefilled again later: what it
+      has streamed stays.
+    - **Fork** and **truncate** change block tables. At most one block is copied, by whoever writes
+      to a shared one.
     - **Greedy** calls (temperature 0) report log-probs at temperature 1.
     - **Weights.** Change them only while no call is in flight, then ``await update_weights``. A
       call in flight across it goes on under the new weights, from a prefill of all it has.
 
     ``model``: plain causal attention in every layer, through transformers' attention interface
     (Qwen2, Qwen3, Llama and their kin). It is not modified, and may be trained or evaluated on
-    other threads; ``device`` moves it there first. Raises ``EngineError`` for a model or sizes that
-    cannot work.
+    other threads; ``device`` moves it there first. ``kv_tokens``: positions in the pool, rounded
+    down to blocks of ``block_size``; by default enough for ``max_sequences`` of ``max_context``.
+    Raises ``EngineError`` for a model or sizes that cannot work.
     """
 
     def __init__(
@@ -63,24 +72,28 @@ class PagedEngine:
         *,
         max_sequences: int,
         max_context: int,
+        kv_tokens: int | None = None,
+        block_size: int = 16,
         device: str | torch.device | None = None,
     ) -> None:
-        if max_sequences < 1:
-            raise EngineError(f"max_sequences is {max_sequences}, expected at least 1")
         limit = getattr(model.config, "max_position_embeddings", max_context)
-        if not 2 <= max_context <= limit:
-            raise EngineError(
-                f"max_context is {max_context}, expected 2 to {limit}, the model's positions"
-            )
+        blocks = _check_sizes(max_sequences, max_context, limit, kv_tokens, block_size)
         if device is not None:
             model.to(device)  # type: ignore[arg-type]
         like = probe(shadow(model))
-        cache = SlotCache(max_sequences, max_context, model.config.num_hidden_layers, like)
+        pool = KVPool(blocks, block_size, model.config.num_hidden_layers, like)
         embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
         self._vocab = embeddings.num_embeddings
         self._max_sequences, self._max_context = max_sequences, max_context
+        self._max_tokens = blocks * block_size
         self._weight_version = 0
-        self._steps = StepLoop(model, cache)
+        self._steps = StepLoop(
+            model,
+            pool,
+            SessionTable(BlockPool(blocks), block_size),
+            max_sequences=max_sequences,
+            max_context=max_context,
+        )
         # At interpreter exit, too: a thread killed inside a torch kernel aborts the process.
         weakref.finalize(self, _stop, self._steps)
 
@@ -91,6 +104,8 @@ class PagedEngine:
         *,
         max_sequences: int,
         max_context: int,
+        kv_tokens: int | None = None,
+        block_size: int = 16,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> PagedEngine:
@@ -106,7 +121,14 @@ class PagedEngine:
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise EngineError(f"cannot load the model at {str(path)!r}: {reason}") from error
-        return cls(model, max_sequences=max_sequences, max_context=max_context, device=device)
+        return cls(
+            model,
+            max_sequences=max_sequences,
+            max_context=max_context,
+            kv_tokens=kv_tokens,
+            block_size=block_size,
+            device=device,
+        )
 
     @property
     def capabilities(self) -> Capabilities:
@@ -116,10 +138,11 @@ class PagedEngine:
 
     @property
     def kv_budget(self) -> KVBudget:
+        """``live_tokens`` counts whole blocks, each of them once, whoever shares it."""
         sequences, tokens = self._steps.table.live
         return KVBudget(
             max_sequences=self._max_sequences,
-            max_tokens=self._max_sequences * self._max_context,
+            max_tokens=self._max_tokens,
             live_sequences=sequences,
             live_tokens=tokens,
         )
@@ -130,8 +153,11 @@ class PagedEngine:
 
     @property
     def counters(self) -> EngineCounters:
-        """Calls, prefilled and sampled tokens, and steps so far."""
-        return self._steps.counters
+        """Totals so far."""
+        table = self._steps.table
+        return replace(
+            self._steps.counters, prefix_tokens=table.prefix_tokens, evictions=table.evictions
+        )
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[TokenChunk]:
         """Stream tokens; see :meth:`Engine.generate`.
@@ -171,7 +197,7 @@ class PagedEngine:
                 f"weight version is {version}, expected more than {self._weight_version}, "
                 "the present one"
             )
-        await self._ask(self._steps.invalidate)
+        await self._ask(lambda: self._steps.invalidate(version))
         self._weight_version = version
 
     async def aclose(self) -> None:
@@ -202,6 +228,27 @@ class PagedEngine:
 
         self._steps.post(run)
         return await answer
+
+
+def _check_sizes(
+    max_sequences: int, max_context: int, limit: int, kv_tokens: int | None, block_size: int
+) -> int:
+    """How many blocks the pool has."""
+    for name, value in (("max_sequences", max_sequences), ("block_size", block_size)):
+        if value < 1:
+            raise EngineError(f"{name} is {value}, expected at least 1")
+    if not 2 <= max_context <= limit:
+        raise EngineError(
+            f"max_context is {max_context}, expected 2 to {limit}, the model's positions"
+        )
+    one = -(-max_context // block_size)
+    blocks = max_sequences * one if kv_tokens is None else kv_tokens // block_size
+    if blocks < one:
+        raise EngineError(
+            f"kv_tokens is {kv_tokens}, expected at least {one * block_size}: one sequence of "
+            f"max_context {max_context} in blocks of {block_size}"
+        )
+    return blocks
 
 
 def _stop(steps: StepLoop) -> None:

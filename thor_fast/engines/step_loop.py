@@ -2,12 +2,16 @@
 
 One thread owns the model, the cache and the session table; everybody else sends it commands::
 
-    event loop: generate() --submit--> [commands] --> | admit waiting sequences to free slots
-                fork() truncate() ... ------------->  | compose: 1 token per decoding sequence,
-                                                      |          <= 512 tokens of prefill
-                stream.get() <--one wake-up per step--| forward, sample, watch, finish
+    event loop: generate() --submit--> [commands] --> | a block for each running sequence's next
+                fork() truncate() ... ------------->  |   token; the youngest stop if none is left
+                                                      | compose: 1 token per decoding sequence,
+                                                      |   <= 512 tokens of prefill, admitting
+                                                      |   sequences that wait on the way
+                stream.get() <--one wake-up per step--| copy tails, forward, sample, watch, finish
 
-A step never waits for anyone: a sequence that pauses for a tool is simply not in it.
+A step never waits for anyone: a sequence that pauses for a tool is simply not in it. Nor can steps
+stand still: the oldest sequence gets what it needs, at the cost of all others, and the pool holds
+at least one of any length.
 """
 
 from __future__ import annotations
@@ -22,9 +26,10 @@ import numpy as np
 import torch
 
 from thor_fast.engines.base import FinishReason, GenerateRequest, TokenChunk
+from thor_fast.engines.model_twin import forward, shadow
+from thor_fast.engines.paged_attention import Chunk, KVPool, PagedStep
 from thor_fast.engines.sampling import SamplingRow, noise_key, sample
 from thor_fast.engines.sessions import Session, SessionTable
-from thor_fast.engines.slot_cache import Chunk, SlotCache, StepBatch, forward, shadow
 from thor_fast.engines.token_stream import TokenStream, hand_over
 from thor_fast.errors import EngineError
 
@@ -46,14 +51,20 @@ _CHUNK_TOKENS = 16
 class EngineCounters:
     """Totals since the engine started.
 
-    ``calls``: ``generate`` calls that reached a slot. ``prefill_tokens``: context tokens computed
-    because the cache did not hold them. ``decode_tokens``: tokens sampled. ``steps``: forwards.
+    ``calls``: ``generate`` calls admitted. ``prefill_tokens``: context tokens computed because the
+    cache did not hold them. ``prefix_tokens``: context tokens that a session did not hold itself
+    and took from the prefix cache. ``decode_tokens``: tokens sampled. ``steps``: forwards.
+    ``evictions``: sessions that lost their KV while not running. ``preemptions``: running calls
+    that did, to be prefilled again.
     """
 
     calls: int = 0
     prefill_tokens: int = 0
+    prefix_tokens: int = 0
     decode_tokens: int = 0
     steps: int = 0
+    evictions: int = 0
+    preemptions: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +76,7 @@ class _Sequence:
     session: Session
     key: int
     sampled: int = 0
+    admitted: bool = False
     prefill_tokens: int | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -79,11 +91,19 @@ class _Sequence:
 class StepLoop:
     """Runs steps on its own thread while any sequence is live. See the module's diagram."""
 
-    def __init__(self, model: PreTrainedModel, cache: SlotCache) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: KVPool,
+        table: SessionTable,
+        *,
+        max_sequences: int,
+        max_context: int,
+    ) -> None:
         self._source = model
         self._model = shadow(model)
-        self._cache = cache
-        self.table = SessionTable(cache.slots, cache.copy)
+        self._pool, self.table = pool, table
+        self._max_sequences, self._max_context = max_sequences, max_context
         self.counters = EngineCounters()
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
@@ -122,7 +142,7 @@ class StepLoop:
     # Everything below runs on the engine's thread.
 
     def start(self, request: GenerateRequest, stream: TokenStream) -> None:
-        """Begin a call: at once if its session holds a slot, else when its turn for one comes."""
+        """Begin a call as soon as there is room for it."""
         session = self.table.open(request.session)
         if session.busy:
             error = EngineError(f"session {session.name!r} is generating, expected it idle")
@@ -147,18 +167,19 @@ class StepLoop:
                 hand_over([(sequence.stream, error)])
         self.table.release(name)
 
-    def invalidate(self) -> None:
+    def invalidate(self, version: int) -> None:
         """New weights: sequences in flight go on from a prefill of all they have."""
         # Anew, in case the trainer put new tensors in place of the old ones.
         self._model = shadow(self._source)
-        self.table.invalidate()
+        self.table.invalidate(version)
+        while self._running:
+            self._suspend(self._running[-1])
 
     def _run(self) -> None:
         try:
             with torch.inference_mode():
                 while self._next_turn():
-                    self._admit()
-                    if self._running:
+                    if self._running or self._waiting:
                         self._step()
         except Exception as error:  # noqa: BLE001 - whatever broke, the callers must hear of it
             self.stop(f"the engine broke: {type(error).__name__}: {error}")
@@ -174,63 +195,92 @@ class StepLoop:
             command()
         return self._ending is None
 
-    def _admit(self) -> None:
-        """First come, first served, but a session that has its slot already never queues.
+    def _grow(self) -> None:
+        """Each running sequence gets room for its next tokens, the oldest first."""
+        for sequence in list(self._running):
+            session = sequence.session
+            while session.running and not self.table.reserve(session, len(session.ids), evict=True):
+                self._suspend(self._running[-1])
+                self._count(preemptions=1)
 
-        A paused session gives up its slot only if nothing could run otherwise: then the choice is
-        between computing it again later and standing still.
+    def _suspend(self, sequence: _Sequence) -> None:
+        """Back to the head of the queue, without KV."""
+        self._running.remove(sequence)
+        self.table.cool(sequence.session)
+        self.table.touch(sequence.session, busy=True)
+        self._waiting.appendleft(sequence)
+
+    def _compose(self) -> list[tuple[_Sequence, Chunk]]:
+        """The sequences of one step and their new tokens: decoding ones, then prefill.
+
+        Waiting sequences join while there is room: first those whose session holds KV, then first
+        come, first served. They join one by one, so that each finds in the prefix cache what the
+        ones before it compute in this same step.
         """
-        still: deque[_Sequence] = deque()
-        for sequence in self._waiting:
-            session = sequence.session
-            blocked = bool(still) and session.slot is None
-            if blocked or not self.table.take_slot(session, evict=not self._running):
-                still.append(sequence)
-                continue
-            sequence.prefill_tokens = session.resume(sequence.request.token_ids)
-            self._running.append(sequence)
-            self.counters = replace(self.counters, calls=self.counters.calls + 1)
-        self._waiting = still
-
-    def _compose(self) -> tuple[list[_Sequence], list[Chunk]]:
-        """The sequences of one step and their new tokens: decoding ones by slot, then prefill."""
-        decoding, prefilling, budget = [], [], _PREFILL_TOKENS
+        pairs: list[tuple[_Sequence, Chunk]] = []
+        budget = _PREFILL_TOKENS
         for sequence in self._running:
-            session = sequence.session
-            assert session.slot is not None
-            missing = len(session.ids) - session.cached
-            size = 1 if missing == 1 else min(missing, budget)
-            if size == 0:
-                continue
-            new = session.ids[session.cached : session.cached + size]
-            pair = (sequence, Chunk(session.slot, session.cached, new))
-            if size == 1:
-                decoding.append(pair)
+            budget -= self._add(pairs, sequence, budget)
+        blocked = False
+        for sequence in sorted(self._waiting, key=lambda s: not s.session.blocks):
+            if not budget or len(self._running) >= self._max_sequences:
+                break
+            if not sequence.session.blocks and blocked:
+                break
+            if self._admit(sequence):
+                budget -= self._add(pairs, sequence, budget)
             else:
-                prefilling.append(pair)
-            if missing > 1:
-                budget -= size
-        pairs = sorted(decoding, key=lambda p: p[1].slot) + prefilling
-        return [p[0] for p in pairs], [p[1] for p in pairs]
+                blocked = True
+        # Rows of like length are gathered together, see paged_attention.
+        pairs.sort(key=lambda p: (len(p[1].ids) > 1, -p[1].start))
+        return pairs
+
+    def _admit(self, sequence: _Sequence) -> bool:
+        """Start a waiting sequence if there is room.
+
+        One that holds no KV takes that of paused sessions only if nothing could run otherwise:
+        then the choice is between computing it again later and standing still.
+        """
+        session = sequence.session
+        ids = session.ids if sequence.admitted else sequence.request.token_ids
+        evict = bool(session.blocks) or not self._running
+        missing = self.table.admit(session, ids, evict=evict)
+        if missing is None:
+            return False
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        if not sequence.admitted:
+            sequence.admitted, sequence.prefill_tokens = True, missing
+            self._count(calls=1)
+        return True
+
+    def _add(self, pairs: list[tuple[_Sequence, Chunk]], sequence: _Sequence, budget: int) -> int:
+        """Add the next tokens of a sequence; returns how many of them the budget pays for."""
+        session = sequence.session
+        missing = len(session.ids) - session.cached
+        size = 1 if missing == 1 else min(missing, budget)
+        if size:
+            start, new = session.cached, session.ids[session.cached : session.cached + size]
+            pairs.append((sequence, Chunk(session.blocks, start, new)))
+            self.table.advance(session, size)
+            if size > 1 or sequence.sampled == 0:
+                self._count(prefill_tokens=size)
+        return size if missing > 1 else 0
+
+    def _count(self, **more: int) -> None:
+        now = {name: getattr(self.counters, name) + n for name, n in more.items()}
+        self.counters = replace(self.counters, **now)
 
     def _step(self) -> None:
-        sequences, chunks = self._compose()
-        logits = forward(self._model, StepBatch(self._cache, chunks))
-        prefilled = 0
-        for sequence, chunk in zip(sequences, chunks, strict=True):
-            sequence.session.cached += len(chunk.ids)
-            if len(chunk.ids) > 1 or sequence.sampled == 0:
-                prefilled += len(chunk.ids)
-        complete = [i for i, s in enumerate(sequences) if s.session.cached == len(s.session.ids)]
-        if len(complete) < len(sequences):
-            sequences = [sequences[i] for i in complete]
+        self._grow()
+        pairs = self._compose()
+        self._pool.copy_tails(self.table.take_copies())
+        logits = forward(self._model, PagedStep(self._pool, [chunk for _, chunk in pairs]))
+        complete = [i for i, (s, _) in enumerate(pairs) if s.session.cached == len(s.session.ids)]
+        if len(complete) < len(pairs):
             logits = logits[complete]
-        self.counters = replace(
-            self.counters,
-            steps=self.counters.steps + 1,
-            prefill_tokens=self.counters.prefill_tokens + prefilled,
-            decode_tokens=self.counters.decode_tokens + len(sequences),
-        )
+        sequences = [pairs[i][0] for i in complete]
+        self._count(steps=1, decode_tokens=len(sequences))
         if sequences:
             rows = [SamplingRow(s.request.sampling, s.key, len(s.session.ids)) for s in sequences]
             tokens, logprobs = sample(logits, rows)
@@ -242,6 +292,7 @@ class StepLoop:
         for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
             if not np.isfinite(logprob):
                 self._drop(sequence)
+                self._pool.clear(self.table.spoil(sequence.session))
                 error = f"logits of session {sequence.session.name!r} are not finite"
                 items.append((sequence.stream, EngineError(error)))
                 continue
@@ -272,12 +323,12 @@ class StepLoop:
             return FinishReason.WATCH
         if sequence.sampled >= request.max_tokens:
             return FinishReason.LENGTH
-        if len(sequence.session.ids) >= self._cache.context:
+        if len(sequence.session.ids) >= self._max_context:
             return FinishReason.CONTEXT
         return None
 
     def _drop(self, sequence: _Sequence) -> None:
-        """Take a sequence out of the running; its session keeps tokens, KV and slot."""
+        """Take a sequence out of the running; its session keeps tokens and KV."""
         if sequence in self._running:
             self._running.remove(sequence)
         else:

@@ -125,10 +125,18 @@ async def make(
         family: str = "qwen3",
         max_sequences: int = 4,
         max_context: int = 128,
+        kv_tokens: int | None = None,
+        block_size: int = 16,
         **overrides: Any,
     ) -> Driver:
         model = build_model(family, **overrides) if overrides else models[family]
-        engine = PagedEngine(model, max_sequences=max_sequences, max_context=max_context)
+        engine = PagedEngine(
+            model,
+            max_sequences=max_sequences,
+            max_context=max_context,
+            kv_tokens=kv_tokens,
+            block_size=block_size,
+        )
         made.append(engine)
         return Driver(engine, model)
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thor_fast.engines.base import FinishReason
+from thor_fast.engines.model_twin import forward, probe, shadow
 from thor_fast.engines.paged import PagedEngine
-from thor_fast.engines.slot_cache import Chunk, SlotCache, StepBatch, forward, probe, shadow
+from thor_fast.engines.paged_attention import Chunk, KVPool, PagedStep
 
 Make = Callable[..., Any]
 
@@ -35,7 +36,7 @@ async def test_ragged_batch_matches_a_plain_forward(
     make: Make, family: str, temperature: float
 ) -> None:
     driver = make(family, max_sequences=3)
-    # Five sequences on three slots: two of them start when others have gone.
+    # Five sequences, three at a time: two of them start when others have gone.
     prompts = [prompt(n, n) for n in (1, 2, 17, 40, 63)]
 
     async def one(i: int) -> tuple[list[int], list[float], FinishReason]:
@@ -90,26 +91,33 @@ async def test_noise_belongs_to_the_position_not_to_the_call(make: Make) -> None
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
-def test_every_step_layout_gives_the_model_own_logits(models: Any, family: str) -> None:
-    """Dense rows, rows with holes, few rows far apart, and prefill next to each of them."""
+def test_every_step_layout_gives_the_model_own_logits(
+    models: Any, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows gathered alone, in groups and all at once, and prefill next to each of them."""
     model = models[family]
     twin = shadow(model)
-    cache = SlotCache(9, 64, 3, probe(twin))
-    texts = {slot: prompt(30 + slot, slot + 1) for slot in range(9)}
+    pool = KVPool(40, 16, 3, probe(twin))
+    texts = {name: prompt(30 + name, name + 1) for name in range(9)}
+    order = np.random.default_rng(0).permutation(40)
+    blocks = {name: [int(b) for b in order[3 * name : 3 * name + 3]] for name in texts}
     with torch.inference_mode():
-        truth = {s: model(torch.tensor([ids])).logits[0] for s, ids in texts.items()}
-        for slot, ids in texts.items():
-            forward(twin, StepBatch(cache, [Chunk(slot, 0, ids[: 10 + slot])]))
-        for slots in ([0, 1, 2], [1, 2, 4], [0, 8], [7], list(range(9)), [2, 3, 5, 6, 8]):
-            decode = [Chunk(s, 10 + s, texts[s][10 + s : 11 + s]) for s in slots]
-            rest = [s for s in texts if s not in slots][:2]
-            prefill = [Chunk(s, 4, texts[s][4 : 9 + s]) for s in rest]
-            prefill += [Chunk(s, 0, texts[s][:20]) for s in rest[1:]]
-            logits = forward(twin, StepBatch(cache, decode + prefill[:2]))
-            ends = [11 + s for s in slots] + [c.start + len(c.ids) for c in prefill[:2]]
-            where = slots + [c.slot for c in prefill[:2]]
-            for row, slot, end in zip(logits, where, ends, strict=True):
-                torch.testing.assert_close(row, truth[slot][end - 1], atol=LOGIT_TOLERANCE, rtol=0)
+        truth = {n: model(torch.tensor([ids])).logits[0] for n, ids in texts.items()}
+        for n, ids in texts.items():
+            forward(twin, PagedStep(pool, [Chunk(blocks[n], 0, ids[: 10 + n])]))
+        for names, at_once in itertools.product(
+            ([2, 1, 0], [7], [8, 5, 0], range(8, -1, -1)), (1, 2, 99)
+        ):
+            monkeypatch.setattr(pool, "rows_at_once", lambda blocks, n=at_once: n)
+            decode = [Chunk(blocks[n], 10 + n, texts[n][10 + n : 11 + n]) for n in names]
+            rest = [n for n in texts if n not in names][:2]
+            prefill = [Chunk(blocks[n], 4, texts[n][4 : 9 + n]) for n in rest]
+            prefill += [Chunk(blocks[n], 0, texts[n][:20]) for n in rest[1:]]
+            logits = forward(twin, PagedStep(pool, decode + prefill[:2]))
+            ends = [11 + n for n in names] + [c.start + len(c.ids) for c in prefill[:2]]
+            where = [*names, *rest[: len(prefill[:2])]]
+            for row, n, end in zip(logits, where, ends, strict=True):
+                torch.testing.assert_close(row, truth[n][end - 1], atol=LOGIT_TOLERANCE, rtol=0)
 
 
 async def test_a_long_prompt_is_prefilled_in_pieces_while_others_decode(make: Make) -> None:
@@ -191,8 +199,8 @@ def test_any_mix_of_fork_truncate_release_and_resume_is_exact(
 
 
 async def _play(model: Any, driver_class: Any, plan: list[tuple[str, int, Any, Any]]) -> None:
-    """Three slots, so that forks start cold and idle sessions lose theirs now and then."""
-    engine = PagedEngine(model, max_sequences=3, max_context=128)
+    """A pool of one long sequence, so that sessions lose their KV, running or not."""
+    engine = PagedEngine(model, max_sequences=3, max_context=128, kv_tokens=128, block_size=8)
     driver = driver_class(engine, model)
     known: dict[str, list[int]] = {}
     fresh = itertools.count()

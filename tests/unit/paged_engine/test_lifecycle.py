@@ -1,4 +1,4 @@
-"""Endings, cancellation, slots, errors: no stream hangs and no slot leaks."""
+"""Endings, cancellation, errors: no stream hangs and no block leaks."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ async def test_it_is_an_engine_and_says_what_it_holds(make: Make) -> None:
     await driver.generate(PROMPT, 5)
     budget = engine.kv_budget
     assert (budget.max_sequences, budget.max_tokens) == (4, 512)
-    # The last token was sampled but never fed back.
-    assert (budget.live_sequences, budget.live_tokens) == (1, len(PROMPT) + 4)
+    # Whole blocks count: 12 tokens (the last one was sampled, but never fed back) take one.
+    assert (budget.live_sequences, budget.live_tokens) == (1, 16)
     counters = engine.counters
     assert (counters.calls, counters.prefill_tokens, counters.decode_tokens) == (1, 8, 5)
     assert counters.steps == 5
@@ -121,7 +121,7 @@ async def test_cancelling_the_consumer_stops_the_sequence(make: Make) -> None:
     await settle(driver.engine, 0, 0)
 
 
-async def test_calls_wait_their_turn_for_a_slot(make: Make) -> None:
+async def test_calls_wait_their_turn(make: Make) -> None:
     driver = make(max_sequences=2)
     finished: list[int] = []
 
@@ -135,54 +135,46 @@ async def test_calls_wait_their_turn_for_a_slot(make: Make) -> None:
     await settle(driver.engine, 0, 0)
 
 
-async def test_a_resumed_session_does_not_queue_behind_new_ones(make: Make) -> None:
+async def test_fork_costs_no_prefill_and_shares_what_it_can(make: Make) -> None:
     driver = make(max_sequences=2)
-    tokens, _, _ = await driver.generate(PROMPT, 3, session="old")
-    done: list[str] = []
-
-    async def one(name: str, ids: list[int], n: int) -> None:
-        await driver.generate(ids, n, session=name)
-        done.append(name)
-
-    new = [asyncio.create_task(one(f"n{i}", PROMPT, 30)) for i in range(2)]
-    await driver.until(lambda: driver.engine.counters.calls >= 2)
-    await one("old", PROMPT + tokens, 2)
-    assert done == ["old"]
-    assert driver.prefill[-1] == 1
-    # Neither "old" nor "n0" is ever released; "n1" still gets its turn.
-    await asyncio.gather(*new)
-    assert driver.engine.kv_budget.live_sequences == 2
-    # "old" was idle for longest: it is cold now, and exact all the same.
-    tokens2, logprobs, _ = await driver.generate(PROMPT + tokens, 4, session="old")
-    assert driver.prefill[-1] == len(PROMPT) + 3
-    truth = driver.truth(PROMPT + tokens + tokens2, 4)
-    assert logprobs == pytest.approx(truth, abs=5e-5)
-
-
-async def test_fork_copies_while_slots_last_and_costs_no_prefill(make: Make) -> None:
-    driver = make(max_sequences=3)
-    tokens, _, _ = await driver.generate(PROMPT, 10)
-    at = len(PROMPT) + 6
-    names = await driver.engine.fork("s", 3, at)
-    assert len(set(names)) == 3
+    ids = PROMPT * 5
+    tokens, _, _ = await driver.generate(ids, 10)
+    at = 46
+    names = await driver.engine.fork("s", 6, at)
+    assert len(set(names)) == 6
     assert "s" not in names
+    # 49 of the parent's tokens in 4 blocks; the children hold nothing beside.
     budget = driver.engine.kv_budget
-    assert (budget.live_sequences, budget.live_tokens) == (3, len(PROMPT) + 9 + 2 * at)
-    context = [*PROMPT, *tokens[:6], 42]
-    for name in names:
-        await driver.generate(context, 3, session=name)
+    assert (budget.live_sequences, budget.live_tokens) == (7, 64)
+    context = [*ids, *tokens[:6], 42]
+    together = await asyncio.gather(
+        *[driver.generate(context, 3, session=name, seed=3) for name in names]
+    )
+    assert driver.prefill == [40, 1, 1, 1, 1, 1, 1]
+    truth = driver.truth(context + together[0][0], 3)
+    for new, logprobs, _ in together:
+        assert new == together[0][0]
+        assert logprobs == pytest.approx(truth, abs=5e-5)
+    # Of the parent's blocks the last one is no longer shared: each child has one (or two) instead.
+    assert driver.engine.kv_budget.live_tokens == 32 + 32 + 6 * 32
+    await driver.generate(ids + tokens, 4)
+    assert driver.prefill[-1] == 1
+    for name in (*names, "s"):
         await driver.engine.release(name)
-    # Two forks had their KV, the third came when no slot was left.
-    assert driver.prefill == [8, 1, 1, len(context)]
+    await settle(driver.engine, 0, 0)
 
 
 async def test_truncate_forgets_kv(make: Make) -> None:
     driver = make()
-    tokens, _, _ = await driver.generate(PROMPT, 10)
-    await driver.engine.truncate("s", 5)
-    assert driver.engine.kv_budget.live_tokens == 5
-    await driver.generate(PROMPT + tokens, 1)
-    assert driver.prefill == [8, 13]
+    ids = [*PROMPT, *range(20, 45)]
+    tokens, _, _ = await driver.generate(ids, 10)
+    assert driver.engine.kv_budget.live_tokens == 48
+    await driver.engine.truncate("s", 21)
+    assert driver.engine.kv_budget.live_tokens == 32
+    await driver.generate([*ids[:21], *tokens], 1)
+    assert driver.prefill == [33, 10]
+    await driver.engine.truncate("s", 0)
+    assert driver.engine.kv_budget.live_tokens == 0
 
 
 @pytest.mark.parametrize(
@@ -322,6 +314,18 @@ def test_an_engine_outlives_an_event_loop(models: Any, driver_class: Any) -> Non
         ({"max_sequences": 0, "max_context": 8}, "max_sequences is 0, expected at least 1"),
         ({"max_sequences": 1, "max_context": 1}, "max_context is 1, expected 2 to 256"),
         ({"max_sequences": 1, "max_context": 257}, "max_context is 257, expected 2 to 256"),
+        (
+            {"max_sequences": 1, "max_context": 8, "block_size": 0},
+            "block_size is 0, expected at least 1",
+        ),
+        (
+            {"max_sequences": 4, "max_context": 120, "kv_tokens": 127},
+            "kv_tokens is 127, expected at least 128: one sequence of max_context 120",
+        ),
+        (
+            {"max_sequences": 1, "max_context": 8, "kv_tokens": 1 << 50},
+            "no memory for a KV pool of 1125899906842624 tokens, 402653184.0 GiB on cpu",
+        ),
     ],
 )
 def test_sizes_that_cannot_work(models: Any, sizes: dict[str, int], message: str) -> None:
