@@ -143,6 +143,37 @@ def test_after_skipping_a_line_starts(tokenizers) -> None:
     assert [detector.feed(t) for t in encode("```py\n3\n```").ids][-1] is not None
 
 
+def drafts(tokenizer, text: str) -> list[tuple[str, int, int]]:
+    seen: list[DetectedCall] = []
+    detector = PythonTool(tokenizer).detector(seen.append)
+    for token in tokenizer.encode(text).ids:
+        detector.feed(token)
+    assert all(draft.trailing == "" for draft in seen)
+    return [(draft.code, draft.start, draft.end) for draft in seen]
+
+
+def test_a_draft_comes_where_a_statement_begins(tokenizers) -> None:
+    text = "x\n```py\nfor a in b:\n  c\n\nelse: d\ne(\n)\n``f``\n(g)\n# h\n'i'\n```"
+    heads = ["for ", "else:", "e(", "\n(", "\n'"]
+    ends = [text.index(head) + len(head) for head in heads]
+    # The first line has nothing above it; a blank line, a comment or a backtick begins nothing.
+    assert drafts(tokenizers.bytes, text) == [(text[8:end], 2, end) for end in ends[1:]]
+
+
+def test_drafts_of_an_indented_block_are_as_its_code(tokenizers) -> None:
+    text = "  ```py\n  a\n  b \n    c\n d \n  ```"
+    assert [code for code, *_ in drafts(tokenizers.bytes, text)] == ["a\nb ", "a\nb \n  c\nd "]
+
+
+def test_no_draft_outside_a_block_to_run(tokenizers) -> None:
+    assert drafts(tokenizers.bytes, "a b\nc d\n```output\ne f\ng h\n```\ni j\n") == []
+
+
+def test_drafts_of_the_next_block_start_anew(tokenizers) -> None:
+    text = "```py\na\nb \n```\n```py\nc\nd \n```"
+    assert [code for code, *_ in drafts(tokenizers.bytes, text)] == ["a\nb ", "c\nd "]
+
+
 def test_detectors_do_not_share_state(tokenizers) -> None:
     tool = PythonTool(tokenizers.bytes)
     one, other = tool.detector(), tool.detector()

@@ -18,6 +18,7 @@ from thor_fast.engines.base import SamplingParams
 from thor_fast.engines.scripted import Script, ScriptedEngine
 from thor_fast.rollout import ObservationEncoder, RolloutLimits, run_episode
 from thor_fast.tools import PythonTool
+from thor_fast.tools.base import DetectedCall
 from thor_fast.tools.token_text import TokenBytes
 from thor_fast.types import ExecutionResult, Status, StopReason, TokenSource
 
@@ -126,8 +127,15 @@ def test_fires_at_the_same_byte_whatever_the_tokenisation(cutters, response, rng
             for token_id in ids:
                 ends.append(ends[-1] + len(cutter.spell[token_id]))
             assert ends[-1] == len(response.data)
-            detector = PythonTool(cutter.tokenizer).detector()
-            calls = [(i, c) for i, t in enumerate(ids) if (c := detector.feed(t)) is not None]
+            drafts: list[DetectedCall] = []
+            detector = PythonTool(cutter.tokenizer).detector(drafts.append)
+            calls = []
+            for i, token_id in enumerate(ids):
+                if (call := detector.feed(token_id)) is not None:
+                    calls.append((i, call))
+                    assert all(call.code.startswith(d.code) for d in drafts)
+                    assert all((d.start, d.trailing) == (call.start, "") for d in drafts)
+                    drafts.clear()
             assert [c.code for _, c in calls] == [code for _, code, _ in response.blocks]
             for (index, call), (start, _, end) in zip(calls, response.blocks, strict=True):
                 assert call.end == index + 1

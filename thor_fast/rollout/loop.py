@@ -7,9 +7,11 @@ Who waits for whom (one column each; time runs down)::
     generate(context) ------> prefill what its cache lacks
     awaits the stream         sample, watch(token): is a
                               closing fence complete?  --no-> sample the next one
+    <-- draft of the block -- a statement of it is
+    feed(draft) -------------------------------------------> run that (see early.py)
     <-- last chunk, WATCH --- yes: this sequence pauses,
                               the others go on
-    submit(code) ------------------------------------------> run the snippet
+    run(code) ---------------------------------------------> run the snippet, or the rest of it
     awaits the result         (free for other episodes)
     <-- ExecutionResult -------------------------------------
     tokenise the observation only, append it
@@ -35,6 +37,7 @@ from dataclasses import dataclass, field
 
 from thor_fast.engines.base import Engine, FinishReason, GenerateRequest, SamplingParams, TokenChunk
 from thor_fast.errors import DataError, EngineError
+from thor_fast.rollout.early import EarlyRuns
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.splice import splice_observation
 from thor_fast.sandbox.base import Sandbox
@@ -74,8 +77,9 @@ async def run_episode(
 
     ``metrics``: seconds ``generate_s`` (awaiting the engine), ``tool_s`` (awaiting the sandbox),
     ``tool_wait_s`` (the part of it in which the snippet was not running); counts ``engine_calls``,
-    ``dropped_tokens`` (sampled past a fence), and, from engines that tell, ``prefill_tokens`` and
-    ``resume_prefill_tokens`` (all calls but the first).
+    ``early_runs`` (blocks begun before they were complete), ``dropped_tokens`` (sampled past a
+    fence), and, from engines that tell, ``prefill_tokens`` and ``resume_prefill_tokens`` (all calls
+    but the first).
 
     Raises ``SandboxError`` for a sandbox that is closed, ``CancelledError`` when cancelled.
     """
@@ -87,8 +91,9 @@ async def run_episode(
             "the prompt and no more"
         )
     trajectory.seed, trajectory.weight_version = sampling.seed, engine.weight_version
+    early = EarlyRuns(sandbox, tool.request)
     episode = _Running(
-        engine, sandbox, tool, limits, encode, sampling, eos_token_ids, session, trajectory
+        engine, early, tool, limits, encode, sampling, eos_token_ids, session, trajectory
     )
     deadline = asyncio.timeout(limits.deadline_s)
     try:
@@ -96,6 +101,7 @@ async def run_episode(
             async with deadline:
                 trajectory.stop_reason = await episode.run()
         finally:
+            early.close()
             trajectory.metrics.update(episode.metrics)
             await engine.release(session)
     except TimeoutError:
@@ -130,7 +136,7 @@ class _Running:
     """The state of one episode; all but ``metrics`` is the caller's."""
 
     engine: Engine
-    sandbox: Sandbox
+    early: EarlyRuns
     tool: Tool
     limits: RolloutLimits
     encode: Callable[[str], Sequence[int]]
@@ -141,7 +147,7 @@ class _Running:
     metrics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def run(self) -> StopReason:
-        detector = self.tool.detector()
+        detector = self.tool.detector(self.early.draft)
         while True:
             budget, context = self._room()
             if budget < 1:
@@ -238,8 +244,9 @@ class _Running:
         started = time.perf_counter()
         run_s = 0.0
         try:
-            result = await self.sandbox.submit(self.tool.request(found))
+            result, early = await self.early.run(found)
             run_s = result.wall_s
+            self.metrics["early_runs"] += early
             return result
         finally:
             tool_s = time.perf_counter() - started

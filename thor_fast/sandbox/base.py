@@ -18,8 +18,10 @@ __all__ = [
     "ClosedOnExit",
     "ExecutionRequest",
     "ExecutionResult",
+    "ExecutionStream",
     "Sandbox",
     "Status",
+    "StreamingSandbox",
     "stays_below",
 ]
 
@@ -56,6 +58,31 @@ class Sandbox(Protocol):
         exc: BaseException | None,
         tb: TracebackType | None,
     ) -> None: ...
+
+
+class ExecutionStream(Protocol):
+    """A block that runs while its text arrives; its result is that of the whole block."""
+
+    def feed(self, text: str) -> None:
+        """Add text; returns at once. ``SandboxError`` once closed, or when a queue is full."""
+        ...
+
+    async def afinish(self, rest: str = "") -> ExecutionResult:
+        """Add the last of the text, run what is left, close."""
+        ...
+
+    def close(self) -> None:
+        """Kill what runs. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class StreamingSandbox(Sandbox, Protocol):
+    """A sandbox that can also start on a block whose end is not known yet."""
+
+    def open(self, request: ExecutionRequest | None = None) -> ExecutionStream:
+        """A stream; ``request`` gives all but its code. ``SandboxError`` if too many are open."""
+        ...
 
 
 class ClosedOnExit:

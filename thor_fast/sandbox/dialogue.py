@@ -44,6 +44,8 @@ class Step:
 
 # Lines that may stand before the first that does something; imports among them choose the tier.
 _PREAMBLE = re.compile(r"(?:[ \t]*(?:#.*|(?:import|from)\b.*)?\r?\n)*\Z")
+# The start of a line that shows that the compound statement above it is over.
+_NEXT_STATEMENT = re.compile(r"(?!(?:import|from)\b)\w+\W")
 
 
 class Stream(ClosedOnExit):
@@ -77,18 +79,23 @@ class Stream(ClosedOnExit):
         if not self._finalizer.alive:
             raise SandboxError("this stream is closed")
         self._text = (self._text + text).removeprefix("\ufeff")
-        # Nothing is complete before its line is.
+        # Nothing is complete before its line is, or even the start of the next one.
         end = self._text.rfind("\n") + 1
-        if end <= self._sent or (self._sent == 0 and _PREAMBLE.match(self._text, 0, end)):
+        if self._sent == 0 and _PREAMBLE.match(self._text, 0, end):
+            return
+        if self._sent <= end and _NEXT_STATEMENT.match(self._text, end):
+            end = len(self._text)
+        if end <= self._sent:
             return
         if self._sent == 0:
             self._code = self._text
         self._queue("feed", self._text[self._sent : end], self._sink.queue)
         self._sent = end
 
-    def finish(self) -> ExecutionResult:
-        """There is no more text: run what is left, wait for the end, close."""
+    def finish(self, rest: str = "") -> ExecutionResult:
+        """There is no text after ``rest``: run what is left, wait for the end, close."""
         with self:
+            self._text = (self._text + rest).removeprefix("\ufeff")
             last = self._queue_rest(self._sink.queue)
             while not self._done or self._done[-1][0] != last:
                 self._done.extend(self._sink.wait())
@@ -97,9 +104,10 @@ class Stream(ClosedOnExit):
             verdict = None
         return self._host.execute(self._whole()) if verdict is None else verdict
 
-    async def afinish(self) -> ExecutionResult:
+    async def afinish(self, rest: str = "") -> ExecutionResult:
         """As :meth:`finish`, without blocking the event loop."""
         with self:
+            self._text = (self._text + rest).removeprefix("\ufeff")
             last = await self._host._submit_async(self._queue_rest)  # noqa: SLF001
             self._done.extend(self._sink.queue.drain())
             self._done.append(last)

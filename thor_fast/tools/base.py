@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,8 +44,14 @@ class ToolDetector(Protocol):
 class Tool(Protocol):
     """A kind of call: how it is found, what it executes, how its result reads to the model."""
 
-    def detector(self) -> ToolDetector:
-        """A fresh detector for one trajectory."""
+    def detector(self, draft: Callable[[DetectedCall], None] | None = None) -> ToolDetector:
+        """A fresh detector for one trajectory.
+
+        ``draft`` is called from within ``feed``, so it must be quick and not raise. It is given a
+        call that is still being written, at points where part of it may be complete: its ``code``
+        so far, a prefix of the final one, ``end`` behind the last token and nothing ``trailing``.
+        Drafts belong to the next call that ``feed`` returns, or to none if ``skip`` comes first.
+        """
         ...
 
     def request(self, call: DetectedCall) -> ExecutionRequest:

@@ -13,6 +13,7 @@ Two points differ from a Markdown renderer, because what a model writes is acted
 
 from __future__ import annotations
 
+import codecs
 import enum
 import re
 
@@ -24,6 +25,12 @@ _BACKTICK, _NEWLINE, _SPACE = b"`\n "
 _BLANKS = b" \t\r"
 _MIN_TICKS = 3
 _MAX_INDENT = 3
+# A line that begins a statement, by its first word and the byte behind it or by another opener; by
+# the indent of the block's opening fence. A backtick may yet become the closing fence.
+_STATEMENT = [
+    re.compile(rb" {0,%d}(?:[A-Za-z_]\w*[^\w]|[\"'(\[{@~+*-])" % indent)
+    for indent in range(_MAX_INDENT + 1)
+]
 
 
 class FenceEvent(enum.Enum):
@@ -50,8 +57,8 @@ class FenceScanner:
     """
 
     __slots__ = (
-        "_body", "_fence", "_indent", "_info", "_languages", "_lexer", "_line", "_opening_indent",
-        "_ticks", "_where", "code",
+        "_body", "_fence", "_indent", "_info", "_languages", "_lexer", "_line", "_line_start",
+        "_opening_indent", "_ticks", "_where", "code",
     )  # fmt: skip
 
     def __init__(self, languages: frozenset[str]) -> None:
@@ -65,8 +72,28 @@ class FenceScanner:
         self._fence = self._opening_indent = 0
         self._info = bytearray()
         self._body = bytearray()
+        self._line_start = 0
         self._lexer = StringLexer()
         self._start_line()
+
+    @property
+    def in_code(self) -> bool:
+        """The next byte belongs to a block to run, or to its closing fence."""
+        return self._where is _Where.CODE
+
+    @property
+    def line_start(self) -> int:
+        """Where in the block of :attr:`in_code` its last line starts, in bytes."""
+        return self._line_start
+
+    def draft(self) -> str | None:
+        """The block's code so far, if its last line has begun a statement, by the look of it.
+
+        It is a prefix of what ``code`` will be.
+        """
+        if not _STATEMENT[self._opening_indent].match(self._body, self._line_start):
+            return None
+        return codecs.utf_8_decode(self._outdented(self._body), "replace", False)[0]
 
     @property
     def idle(self) -> bool:
@@ -122,6 +149,7 @@ class FenceScanner:
             info = self._info.decode(errors="replace").strip().lower()
             self._where = _Where.CODE if info in self._languages else _Where.OTHER
             self._body.clear()
+            self._line_start = 0
             self._lexer = StringLexer()
             self._start_line()
 
@@ -129,16 +157,19 @@ class FenceScanner:
         self._body.append(byte)
         self._count(byte)
         self._lexer.feed(byte)
+        if byte == _NEWLINE:
+            self._line_start = len(self._body)
         if not (self._line and self._ticks == self._fence) or self._lexer.in_string:
             return None
-        # Cut the closing fence and its indent off, then the indent of the opening fence from each
-        # line: a block inside a list item is indented as a whole.
-        body = bytes(self._body[: len(self._body) - self._fence - self._indent])
-        body = re.sub(rb"(?m)^ {0,%d}" % self._opening_indent, b"", body)
-        self.code = body.decode(errors="replace")
+        body = self._body[: len(self._body) - self._fence - self._indent]
+        self.code = self._outdented(body).decode(errors="replace")
         self._where = _Where.TEXT
         self._line = False
         return FenceEvent.CLOSED
+
+    def _outdented(self, body: bytearray) -> bytes:
+        # A block inside a list item is indented as a whole, like its opening fence.
+        return re.sub(rb"(?m)^ {0,%d}" % self._opening_indent, b"", body)
 
     def _in_other(self, byte: int) -> None:
         closing = self._line and self._ticks >= self._fence

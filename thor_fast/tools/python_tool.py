@@ -6,6 +6,7 @@ start on a fresh line, as it does behind a chat template's assistant header.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from thor_fast.tools.base import DetectedCall
@@ -47,8 +48,8 @@ class PythonTool:
         self.limits = limits
         self._tokens = TokenBytes(tokenizer)
 
-    def detector(self) -> PythonDetector:
-        return PythonDetector(self._tokens, self.dialect.languages)
+    def detector(self, draft: Callable[[DetectedCall], None] | None = None) -> PythonDetector:
+        return PythonDetector(self._tokens, self.dialect.languages, draft)
 
     def request(self, call: DetectedCall) -> ExecutionRequest:
         return ExecutionRequest(call.code, **asdict(self.limits))
@@ -64,13 +65,22 @@ class PythonDetector:
     a few operations per byte of code and next to nothing in prose. Fires once per block, at the
     token that completes the closing fence. A token that would close two blocks fires for the first:
     what lies behind a closing fence in its token was written before the observation and never runs.
+    Drafts come once for each line of a block that begins a statement at the left margin: what is
+    above it is complete, unless the line goes on a string or a bracket.
     """
 
-    def __init__(self, tokens: TokenBytes, languages: frozenset[str]) -> None:
+    def __init__(
+        self,
+        tokens: TokenBytes,
+        languages: frozenset[str],
+        draft: Callable[[DetectedCall], None] | None = None,
+    ) -> None:
         self._tokens = tokens
         self._scanner = FenceScanner(languages)
         self._position = 0
         self._start = 0
+        self._draft = draft
+        self._drafted = 0  # the line of the last draft; the first line has nothing above it
 
     def feed(self, token_id: int) -> DetectedCall | None:
         data = self._tokens[token_id]
@@ -90,8 +100,20 @@ class PythonDetector:
                     trailing=data[i + 1 :].decode(errors="replace"),
                 )
         self._position += 1
+        if self._draft is not None and call is None and self._scanner.in_code:
+            self._show(self._draft)
+        elif call is not None:
+            self._drafted = 0
         return call
+
+    def _show(self, draft: Callable[[DetectedCall], None]) -> None:
+        line = self._scanner.line_start
+        code = self._scanner.draft() if line != self._drafted else None
+        if code is not None:
+            self._drafted = line
+            draft(DetectedCall(code, self._start, self._position, ""))
 
     def skip(self, n_tokens: int) -> None:
         self._position += n_tokens
+        self._drafted = 0
         self._scanner.restart()

@@ -65,6 +65,10 @@ class Conversation:
     def fileno(self) -> int:
         return self._socket.fileno()
 
+    def leave(self) -> None:
+        """No more is said. A socket that is merely forgotten makes Python warn, if asked to."""
+        self._socket.detach()
+
 
 def serve_stream(talk: Conversation, namespace: dict[str, Any], judge: Judge) -> int:
     """Run one block as its text arrives; its exit code."""
@@ -77,6 +81,7 @@ def serve_stream(talk: Conversation, namespace: dict[str, Any], judge: Judge) ->
             continue
         ending = block.finish(text)
         if ending.outcome is Outcome.DONE:
+            talk.leave()
             return judge(ending.error)
         # Only a fresh process can make it as if nothing had run.
         talk.answer(ending.outcome.value)
