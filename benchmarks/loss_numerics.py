@@ -1,8 +1,9 @@
 r"""How far the loss is from float64, and what is bitwise equal: the figures of docs/numerics.md.
 
 On the CPU, with operands as they are stored (bfloat16, float16, float32) and logits like a language
-model's (``loss_problem``). The row "as on a GPU" is the same arithmetic in torch with the two
-roundings that only the GPU's path has: weights and scaled states in bfloat16.
+model's (``loss_problem``). The row "as on a GPU" is the same code with the two roundings that only
+the GPU's path has: weights and scaled states in bfloat16. "A head in common": its rows share a
+component ten times as long as the rest of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 from command_line import OneLineParser, count
@@ -19,7 +21,7 @@ from loss_problem import Problem, Shape, make_problem
 from loss_truth import Kind, loss_of, truth_of
 from report import print_table
 
-from thor_fast.kernels import Plan, fused_linear_grpo
+from thor_fast.kernels import Plan, fused_linear_grpo, hierarchical_grpo_head
 
 _KIND = Kind.GRPO
 
@@ -43,21 +45,17 @@ def fused(problem: Problem, chunk_rows: int | None = None) -> Result:
 
 
 def as_on_a_gpu(problem: Problem) -> Result:
-    """Float32 logits, bfloat16 weights E, the row's factor on the states for the head's GEMM."""
-    x, w = problem.hidden.detach()[problem.rows], problem.weight.detach()
-    targets = problem.targets[problem.rows].unsqueeze(1)
-    logits = x.float() @ w.float().t()
-    weights = (logits - logits.gather(1, targets)).exp().scatter(1, targets, 0.0)
-    total = weights.sum(dim=1)
-    logp = -torch.log1p(total)
-    leaf = logp.clone().requires_grad_()
-    (by_logp,) = torch.autograd.grad(loss_of(_KIND, leaf, problem), leaf)
-    factor = (-by_logp / (1 + total)).unsqueeze(1)
-    weights = weights.scatter(1, targets, -total.unsqueeze(1)).bfloat16().float()
-    by_hidden = torch.zeros_like(problem.hidden)
-    by_hidden[problem.rows] = ((weights @ w.float()) * factor).to(x.dtype)
-    scaled = (x.float() * factor).bfloat16().float()
-    return Result(logp, by_hidden, (weights.t() @ scaled).to(w.dtype))
+    """Ours, where the GEMMs read weights E in bfloat16, and states times the row's factor."""
+    with patch.object(hierarchical_grpo_head, "weights_dtype", lambda _: torch.bfloat16):
+        return fused(problem)
+
+
+def in_common(problem: Problem) -> Problem:
+    """The same with a head whose rows share a direction."""
+    weight = problem.weight.detach().float()
+    shared = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0))
+    weight = weight + 10 * weight.norm(dim=1).mean() * shared / shared.norm()
+    return replace(problem, weight=weight.to(problem.weight.dtype).requires_grad_())
 
 
 def plain(problem: Problem, rounded: bool) -> Result:
@@ -113,7 +111,19 @@ def errors(shape: Shape) -> tuple[list[str], list[list[str]]]:
             row.append(str(int((found.logp > 0).sum())))
             row += [relative(found.by_hidden, truth.by_hidden)]
             rows.append([*row, relative(found.by_weight, truth.by_weight)])
-    return header, rows
+    return header, [*rows, *_in_common(shape)]
+
+
+def _in_common(shape: Shape) -> list[list[str]]:
+    problem = in_common(as_dtype(make_problem(shape, torch.device("cpu")), torch.bfloat16))
+    truth, rows = truth_of(_KIND, problem), []
+    ways = {"ours, as on a GPU": as_on_a_gpu, "plain, gradient rounded": rounded_gradients}
+    for name, way in ways.items():
+        found = way(problem)
+        row = ["bfloat16", f"{name}, a head in common", *["-"] * 3]
+        row += [relative(found.by_hidden, truth.by_hidden)]
+        rows.append([*row, relative(found.by_weight, truth.by_weight)])
+    return rows
 
 
 def as_dtype(problem: Problem, dtype: torch.dtype) -> Problem:

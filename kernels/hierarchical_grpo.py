@@ -11,46 +11,29 @@ Legend: T tokens of the packed batch, H hidden, V vocabulary, N rows that are re
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import (  # type: ignore[attr-defined]
-    _resolve_process_group,
-)
 
 from .hierarchical_grpo_checks import (
-    DTYPES,
     Impl,
     check_head,
-    check_plan,
-    check_targets,
-    check_values,
+    check_tokens,
     rows_of_chunk,
     use_triton,
 )
-from .hierarchical_grpo_chunks import Found, gather, run
+from .hierarchical_grpo_chunks import gather, run
+from .hierarchical_grpo_head import Head, compute_dtype, gradient_dtype, group_of
 from .hierarchical_grpo_metrics import Metrics
-from .hierarchical_grpo_plan import LEVELS, Plan, Selection
-from .hierarchical_grpo_sources import Given, Head, compute_dtype, gradient_dtype
+from .hierarchical_grpo_outputs import LossOutput, fake_outputs, only_the_loss, outputs_of
+from .hierarchical_grpo_plan import Plan, Selection
 from .hierarchical_grpo_spec import LossSpec, spec_of
-from .hierarchical_grpo_tokens import METRICS, depends_on_advantage
+from .hierarchical_grpo_tokens import depends_on_advantage
 
-__all__ = ["LossOutput", "fused_linear_grpo", "logits_grpo"]
+__all__ = ["fused_linear_grpo"]
 
 _DEFAULT = LossSpec()
-
-
-class LossOutput(NamedTuple):
-    """What a call gives."""
-
-    loss: torch.Tensor
-    """[] float32 (float64 for such inputs), differentiable."""
-    logp: torch.Tensor
-    """[T] float32, detached: of the rows that were read, 0 elsewhere."""
-    entropy: torch.Tensor
-    """[T] float32, detached, in nats: likewise, where ``spec`` asks for it."""
-    metrics: Metrics
 
 
 def fused_linear_grpo(
@@ -96,13 +79,8 @@ def fused_linear_grpo(
         ValueError: a shape, dtype, device or setting does not fit; the message says which.
     """
     spec = _DEFAULT if spec is None else spec
-    if vocab_group is not None and spec.entropy_coef:
-        raise ValueError(
-            f"entropy_coef is {spec.entropy_coef} with a vocab_group, expected 0: the entropy's "
-            "gradient is not computed over a split vocabulary"
-        )
     check_head(hidden, weight, bias)
-    _check_tokens(hidden, targets, plan, old_logp, ref_logp, temperature, spec)
+    check_tokens(hidden, targets, plan, old_logp, ref_logp, temperature, spec)
     selection = plan.select(spec, depends_on_advantage=depends_on_advantage(spec.kind))
     grad = torch.is_grad_enabled()
     loss, logp, entropy, metrics, *_ = _fused_linear_grpo_op(
@@ -121,46 +99,6 @@ def fused_linear_grpo(
         grad and hidden.requires_grad,
         grad and weight.requires_grad,
         grad and bias is not None and bias.requires_grad,
-    )
-    return LossOutput(loss, logp, entropy, Metrics(metrics, plan))
-
-
-def logits_grpo(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    plan: Plan,
-    old_logp: torch.Tensor,
-    ref_logp: torch.Tensor | None = None,
-    *,
-    spec: LossSpec | None = None,
-    temperature: torch.Tensor | None = None,
-    chunk_rows: int | None = None,
-    impl: Impl = "auto",
-) -> LossOutput:
-    """As :func:`fused_linear_grpo`, for callers that hold ``logits`` [T, V].
-
-    Raises:
-        ValueError: a shape, dtype, device or setting does not fit; the message says which.
-    """
-    spec = _DEFAULT if spec is None else spec
-    if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype not in DTYPES:
-        raise ValueError(
-            f"logits is {logits.dtype} {tuple(logits.shape)}, expected (T, V) of float32, "
-            "bfloat16, float16 or float64"
-        )
-    _check_tokens(logits, targets, plan, old_logp, ref_logp, temperature, spec)
-    selection = plan.select(spec, depends_on_advantage=depends_on_advantage(spec.kind))
-    loss, logp, entropy, metrics, _ = _logits_grpo_op(
-        logits,
-        targets,
-        list(selection.to(logits.device)),
-        old_logp,
-        ref_logp,
-        temperature,
-        spec.text,
-        rows_of_chunk(chunk_rows, logits.shape[1]),
-        use_triton(impl, logits),
-        torch.is_grad_enabled() and logits.requires_grad,
     )
     return LossOutput(loss, logp, entropy, Metrics(metrics, plan))
 
@@ -193,63 +131,21 @@ def _fused_linear_grpo_op(
 ]:
     spec, chosen = spec_of(spec_text), Selection(*selection)
     wanted = (want_hidden, want_weight, want_bias)
-    group = _group_of(group_name)
-    source = Head(hidden, weight, bias, chosen.rows, group, wanted)
+    head = Head(hidden, weight, bias, chosen.rows, group_of(group_name), wanted)
     batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, compute_dtype(hidden))
-    # Autocast would give a bfloat16 GEMM, whose logits are what this library is there to avoid.
-    with torch.autocast(hidden.device.type, enabled=False):
-        found = run(
-            source,
-            batch,
-            chosen,
-            spec,
-            chunk_rows=chunk_rows,
-            triton=triton,
-            want_gradient=any(wanted),
-        )
-    by_hidden, by_weight, by_bias = source.by_hidden, source.by_weight, source.by_bias
+    found = run(
+        head, batch, chosen, spec, chunk_rows=chunk_rows, triton=triton, want_gradient=any(wanted)
+    )
+    by_hidden, by_weight, by_bias = head.by_hidden, head.by_weight, head.by_bias
     # Each is a tensor of its own: an operator's outputs may not be one another.
     return (
-        *_outputs(found, chosen, hidden.shape[0]),
+        *outputs_of(found, chosen, hidden.shape[0]),
         hidden.new_zeros(0) if by_hidden is None else by_hidden,
         weight.new_zeros(0) if by_weight is None else by_weight.to(gradient_dtype(weight.dtype)),
         hidden.new_zeros(0)
         if by_bias is None or bias is None
         else by_bias.to(gradient_dtype(bias.dtype)),
     )
-
-
-@torch.library.custom_op("thor_kernels::logits_grpo", mutates_args=())
-def _logits_grpo_op(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    selection: list[torch.Tensor],
-    old_logp: torch.Tensor,
-    ref_logp: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    spec_text: str,
-    chunk_rows: int,
-    triton: bool,
-    wanted: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    spec, chosen = spec_of(spec_text), Selection(*selection)
-    source = Given(logits, chosen.rows, wanted)
-    batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, compute_dtype(logits))
-    with torch.autocast(logits.device.type, enabled=False):
-        found = run(
-            source, batch, chosen, spec, chunk_rows=chunk_rows, triton=triton, want_gradient=wanted
-        )
-    by_logits = logits.new_zeros(0) if source.by_logits is None else source.by_logits
-    return (*_outputs(found, chosen, logits.shape[0]), by_logits)
-
-
-def _outputs(
-    found: Found, chosen: Selection, tokens: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, log-probs and entropies per token, metrics."""
-    logp, entropy = (values.new_zeros(tokens) for values in (found.logp, found.entropy))
-    logp[chosen.rows], entropy[chosen.rows] = found.logp, found.entropy
-    return found.metrics[:, METRICS.index("loss")].sum(), logp, entropy, found.metrics
 
 
 @_fused_linear_grpo_op.register_fake
@@ -261,38 +157,21 @@ def _(
 ) -> tuple[torch.Tensor, ...]:
     want_hidden, want_weight, want_bias = rest[-3:]
     return (
-        *_fake_outputs(hidden),
+        *fake_outputs(hidden),
         _fake_gradient(hidden) if want_hidden else hidden.new_empty(0),
         _fake_gradient(weight) if want_weight else weight.new_empty(0),
         _fake_gradient(bias) if want_bias and bias is not None else hidden.new_empty(0),
     )
 
 
-@_logits_grpo_op.register_fake
-def _(logits: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
-    return (*_fake_outputs(logits), _fake_gradient(logits) if rest[-1] else logits.new_empty(0))
-
-
 def _fake_gradient(leaf: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(leaf, dtype=gradient_dtype(leaf.dtype))
-
-
-def _fake_outputs(like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    compute, tokens = compute_dtype(like), like.shape[0]
-    shapes = ((), (tokens,), (tokens,), (LEVELS, len(METRICS)))
-    return tuple(like.new_empty(shape, dtype=compute) for shape in shapes)
-
-
-def _only_the_loss(ctx: Any, output: tuple[torch.Tensor, ...]) -> None:
-    """Nothing else has a gradient; and none is made of zeros, [V, H], to be thrown away."""
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _save_head_gradients(
     ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]
 ) -> None:
-    _only_the_loss(ctx, output)
+    only_the_loss(ctx, output)
     ctx.save_for_backward(*output[4:])
     ctx.wanted, ctx.parts = inputs[-3:], len(inputs[4])
     ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in inputs[:3]]
@@ -313,42 +192,4 @@ def _head_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
     return (*scaled, None, [None] * ctx.parts, *(None,) * 10)
 
 
-def _save_logits_gradient(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]
-) -> None:
-    _only_the_loss(ctx, output)
-    ctx.save_for_backward(output[4])
-    ctx.wanted, ctx.parts, ctx.dtype = inputs[-1], len(inputs[2]), inputs[0].dtype
-
-
-def _logits_backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    (grad,) = ctx.saved_tensors
-    scaled = _scaled(grad, by_loss, ctx.dtype) if ctx.wanted else None
-    return (scaled, None, [None] * ctx.parts, *(None,) * 7)
-
-
 _fused_linear_grpo_op.register_autograd(_head_backward, setup_context=_save_head_gradients)
-_logits_grpo_op.register_autograd(_logits_backward, setup_context=_save_logits_gradient)
-
-
-def _group_of(name: str) -> dist.ProcessGroup | None:
-    """An operator of torch's takes no group, only its name."""
-    return _resolve_process_group(name) if name else None  # type: ignore[arg-type]
-
-
-def _check_tokens(
-    rows: torch.Tensor,
-    targets: torch.Tensor,
-    plan: Plan,
-    old_logp: torch.Tensor,
-    ref_logp: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    spec: LossSpec,
-) -> None:
-    check_plan(rows, plan)
-    check_targets(targets)
-    if spec.kl is not None and ref_logp is None:
-        raise ValueError("ref_logp is None, expected log-probs of the reference for spec.kl")
-    check_values(
-        rows, targets=targets, old_logp=old_logp, ref_logp=ref_logp, temperature=temperature
-    )

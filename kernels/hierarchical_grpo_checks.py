@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from .hierarchical_grpo_plan import Plan
+from .hierarchical_grpo_spec import LossSpec
 
 __all__ = [
     "DTYPES",
@@ -17,6 +18,7 @@ __all__ = [
     "check_head",
     "check_plan",
     "check_targets",
+    "check_tokens",
     "check_values",
     "rows_of_chunk",
     "use_triton",
@@ -142,3 +144,26 @@ def check_values(rows: torch.Tensor, **named: torch.Tensor | None) -> None:
             )
         if values.device != rows.device:
             raise ValueError(f"{name} is on {values.device}, expected {rows.device} like the rows")
+
+
+def check_tokens(
+    rows: torch.Tensor,
+    targets: torch.Tensor,
+    plan: Plan,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    temperature: torch.Tensor | None,
+    spec: LossSpec,
+) -> None:
+    """What a loss knows of each of ``rows`` [T, ...].
+
+    Raises:
+        ValueError: something does not fit.
+    """
+    check_plan(rows, plan)
+    check_targets(targets)
+    if spec.kl is not None and ref_logp is None:
+        raise ValueError("ref_logp is None, expected log-probs of the reference for spec.kl")
+    check_values(
+        rows, targets=targets, old_logp=old_logp, ref_logp=ref_logp, temperature=temperature
+    )

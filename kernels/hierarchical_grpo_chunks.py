@@ -1,23 +1,28 @@
-"""The loop over chunks of rows, whatever the logits come from and whoever takes their gradient.
+"""The loop over chunks of rows of a head's logits.
 
 Legend: N rows that are read, C of a chunk, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 
+from .hierarchical_grpo_head import Head
 from .hierarchical_grpo_plan import LEVELS, Selection
 from .hierarchical_grpo_rows import (
     IGNORED_TARGET,
     Rows,
-    Shard,
+    Weights,
     anchors_of,
     finish_rows,
+    gradient_terms,
     logit_gradients,
     row_sums,
+    split_target,
 )
 from .hierarchical_grpo_spec import LossSpec
 from .hierarchical_grpo_tokens import METRICS, token_terms
@@ -26,30 +31,16 @@ __all__ = [
     "Asked",
     "Batch",
     "Found",
-    "Source",
+    "by_entropy",
     "gather",
     "inverse_temperatures",
     "log_probs",
+    "parts_of",
     "run",
 ]
 
-
-class Source(Protocol):
-    """Where logits come from, and where their gradient goes."""
-
-    bias: torch.Tensor | None
-    """[V], not yet in the logits."""
-    weights_dtype: torch.dtype
-    """Of the gradient; no wider than the logits."""
-    shard: Shard
-
-    def logits(self, part: slice) -> torch.Tensor:
-        """[C, V] of these rows, which the caller uses up."""
-        ...
-
-    def take(self, part: slice, weights: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """The gradient of these rows' logits: ``weights`` [C, V], by row times ``scale`` [C]."""
-        ...
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class Asked(NamedTuple):
@@ -117,23 +108,40 @@ def inverse_temperatures(
     return 1 / temperature[rows].to(compute)
 
 
+def _in_full_precision(loop: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Autocast would give bfloat16 GEMMs, whose logits are what this library is there to avoid."""
+
+    @functools.wraps(loop)
+    def run_it(*args: _P.args, **settings: _P.kwargs) -> _R:
+        head = args[0]
+        assert isinstance(head, Head)
+        with torch.autocast(head.device_type, enabled=False):
+            return loop(*args, **settings)
+
+    return run_it
+
+
+@_in_full_precision
 def log_probs(
-    source: Source, asked: Asked, spec: LossSpec, *, chunk_rows: int, triton: bool
+    head: Head, asked: Asked, spec: LossSpec, *, chunk_rows: int, triton: bool
 ) -> torch.Tensor:
     """[N]: what :func:`run` finds for these rows, where nobody wants more of them."""
     logp = torch.zeros_like(asked.inverse_temperature)
-    for part in _parts(len(logp), chunk_rows):
+    for part in parts_of(len(logp), chunk_rows):
         mine = Asked(*(values[part] for values in asked))
-        logp[part] = _rows(source, part, mine, spec, triton, keep_weights=False).logp
+        logits = head.logits(part)
+        logp[part] = _rows(head, logits, mine, spec, triton, keep_weights=False).logp
     return logp
 
 
-def _parts(rows: int, chunk_rows: int) -> list[slice]:
+def parts_of(rows: int, chunk_rows: int) -> list[slice]:
+    """The chunks, in order."""
     return [slice(at, min(at + chunk_rows, rows)) for at in range(0, rows, chunk_rows)]
 
 
+@_in_full_precision
 def run(
-    source: Source,
+    head: Head,
     batch: Batch,
     chosen: Selection,
     spec: LossSpec,
@@ -142,46 +150,60 @@ def run(
     triton: bool,
     want_gradient: bool,
 ) -> Found:
-    """Log-probs, entropies and metrics of all rows; the gradient goes to the source.
-
-    A loss by sequence needs the log-probs of all rows before it knows any derivative: then logits
-    are computed twice where a gradient is wanted.
-    """
+    """Log-probs, entropies and metrics of all rows; the gradient goes to the head."""
     chosen = chosen.only(batch.targets != IGNORED_TARGET)
-    logp = torch.zeros_like(batch.old_logp)
-    found = Found(logp, torch.zeros_like(logp), logp.new_zeros(LEVELS, len(METRICS)))
-    parts = _parts(len(chosen.rows), chunk_rows)
-    derivative = None
+    parts = parts_of(len(chosen.rows), chunk_rows)
     if spec.by_sequence:
-        for part in parts:
-            mine = batch.part(part)
-            here = _rows(source, part, mine, spec, triton, keep_weights=False)
-            _note(found, part, here)
-        terms = token_terms(found.logp, batch.old_logp, batch.ref_logp, found.entropy, chosen, spec)
-        derivative, found = terms.derivative, found._replace(metrics=terms.metrics)
-        if not want_gradient:
-            return found
+        return _by_sequence(head, batch, chosen, spec, parts, triton, want_gradient)
+    found = _nothing(batch)
+    # With a gradient through the entropy a row's weights have no common factor.
+    keep = want_gradient and not spec.entropy_coef
     for part in parts:
-        # With a gradient through the entropy a row's weights are known after its derivatives only.
-        keep = want_gradient and not spec.entropy_coef
-        mine = batch.part(part)
-        if derivative is None or keep:
-            here = _rows(source, part, mine, spec, triton, keep_weights=keep)
-        if derivative is None:
-            _note(found, part, here)
-            ours = chosen.part(part.start, part.stop)
-            terms = token_terms(here.logp, mine.old_logp, mine.ref_logp, here.entropy, ours, spec)
-            found = found._replace(metrics=found.metrics + terms.metrics)
-            by_logp = terms.derivative
-        else:
-            by_logp = derivative[part]
-        if keep:
-            source.take(part, here.weights, -by_logp * here.factor * spec.logit_scale)
+        mine, ours = batch.part(part), chosen.part(part.start, part.stop)
+        logits = head.logits(part)
+        here = _rows(head, logits, mine, spec, triton, keep_weights=keep)
+        _note(found, part, here)
+        terms = token_terms(here.logp, mine.old_logp, mine.ref_logp, here.entropy, ours, spec)
+        found = found._replace(metrics=found.metrics + terms.metrics)
+        if here.weights is not None:
+            head.take(part, here.weights, -terms.derivative * here.factor * spec.logit_scale)
         elif want_gradient:
-            by_entropy = -spec.entropy_coef * chosen.term_weight[part].to(by_logp.dtype)
-            gradient = _through_entropy(source, batch, part, spec, triton, by_logp, by_entropy)
-            source.take(part, gradient, None)
+            gradient = _gradient(head, logits, mine, here, terms.derivative, ours, spec, triton)
+            head.take(part, gradient, None)
     return found
+
+
+def _by_sequence(
+    head: Head,
+    batch: Batch,
+    chosen: Selection,
+    spec: LossSpec,
+    parts: list[slice],
+    triton: bool,
+    want_gradient: bool,
+) -> Found:
+    """Log-probs of all rows come before any derivative; logits are kept if one chunk has them."""
+    found, rows = _nothing(batch), []
+    logits = None
+    for part in parts:
+        logits = head.logits(part)
+        rows.append(_rows(head, logits, batch.part(part), spec, triton, keep_weights=False))
+        _note(found, part, rows[-1])
+    terms = token_terms(found.logp, batch.old_logp, batch.ref_logp, found.entropy, chosen, spec)
+    if want_gradient:
+        for part, here in zip(parts, rows, strict=True):
+            if logits is None or len(parts) > 1:
+                logits = head.logits(part)
+            mine, ours = batch.part(part), chosen.part(part.start, part.stop)
+            by_logp = terms.derivative[part]
+            gradient = _gradient(head, logits, mine, here, by_logp, ours, spec, triton)
+            head.take(part, gradient, None)
+    return found._replace(metrics=terms.metrics)
+
+
+def _nothing(batch: Batch) -> Found:
+    logp = torch.zeros_like(batch.old_logp)
+    return Found(logp, torch.zeros_like(logp), logp.new_zeros(LEVELS, len(METRICS)))
 
 
 def _note(found: Found, part: slice, here: Rows) -> None:
@@ -190,25 +212,25 @@ def _note(found: Found, part: slice, here: Rows) -> None:
         found.entropy[part] = here.entropy
 
 
-def _finished(logits: torch.Tensor, source: Source, spec: LossSpec) -> torch.Tensor:
+def _finished(logits: torch.Tensor, head: Head, spec: LossSpec) -> torch.Tensor:
     """With bias and scale; the Triton kernels add them as they read."""
-    if source.bias is not None:
-        logits = logits + source.bias.to(logits.dtype)
+    if head.bias is not None:
+        logits = logits + head.bias.to(logits.dtype)
     return logits if spec.logit_scale == 1 else logits * spec.logit_scale
 
 
 def _rows(
-    source: Source,
-    part: slice,
+    head: Head,
+    logits: torch.Tensor,
     mine: Batch | Asked,
     spec: LossSpec,
     triton: bool,
     *,
     keep_weights: bool,
 ) -> Rows:
-    logits = source.logits(part)
+    """Weights take the place of the logits."""
     anchors = anchors_of(
-        logits, mine.targets, source.shard, source.bias, spec.logit_scale, spec.softcap
+        logits, mine.targets, head.shard, head.bias, spec.logit_scale, spec.softcap
     )
     if triton:
         from .hierarchical_grpo_triton import in_place_of, row_sums_triton
@@ -217,61 +239,56 @@ def _rows(
             logits,
             anchors,
             mine.inverse_temperature,
-            bias=source.bias,
+            bias=head.bias,
             logit_scale=spec.logit_scale,
             softcap=spec.softcap,
             entropy=spec.needs_entropy,
-            weights=in_place_of(logits, source.weights_dtype) if keep_weights else None,
+            weights=in_place_of(logits, head.weights_dtype) if keep_weights else None,
         )
     else:
         sums = row_sums(
-            _finished(logits, source, spec),
+            _finished(logits, head, spec),
             anchors,
             mine.inverse_temperature,
             softcap=spec.softcap,
             entropy=spec.needs_entropy,
+            weights_dtype=head.weights_dtype if keep_weights else None,
         )
-    return finish_rows(
-        sums,
-        anchors,
-        mine.inverse_temperature,
-        source.shard,
-        softcap=spec.softcap,
-        keep_weights=keep_weights,
-    )
+    return finish_rows(sums, anchors, mine.inverse_temperature, head.shard, softcap=spec.softcap)
 
 
-def _through_entropy(
-    source: Source,
-    batch: Batch,
-    part: slice,
+def _gradient(
+    head: Head,
+    logits: torch.Tensor,
+    mine: Batch,
+    here: Rows,
+    by_logp: torch.Tensor,
+    ours: Selection,
     spec: LossSpec,
     triton: bool,
-    by_logp: torch.Tensor,
-    by_entropy: torch.Tensor,
-) -> torch.Tensor:
-    """[C, V]: the gradient by the source's logits."""
-    logits, mine = source.logits(part), batch.part(part)
+) -> Weights:
+    """By the head's logits, which are used up."""
+    terms = gradient_terms(
+        here, mine.inverse_temperature, by_logp, by_entropy(ours, spec, by_logp.dtype)
+    )
     if not triton:
-        gradient = logit_gradients(
-            _finished(logits, source, spec),
-            mine.targets,
-            mine.inverse_temperature,
-            by_logp,
-            by_entropy,
-            softcap=spec.softcap,
-        )
-        return gradient.mul_(spec.logit_scale)
-    from .hierarchical_grpo_triton import in_place_of, logit_gradients_triton
+        gradient = logit_gradients(_finished(logits, head, spec), terms, softcap=spec.softcap)
+        gradient *= spec.logit_scale
+        return split_target(gradient, terms.column, head.weights_dtype)
+    from .hierarchical_grpo_triton import in_place_of, split_gradients_triton
 
-    return logit_gradients_triton(
+    return split_gradients_triton(
         logits,
-        mine.targets,
-        mine.inverse_temperature,
-        by_logp,
-        by_entropy,
-        bias=source.bias,
+        terms,
+        bias=head.bias,
         logit_scale=spec.logit_scale,
         softcap=spec.softcap,
-        gradients=in_place_of(logits, source.weights_dtype),
+        gradients=in_place_of(logits, head.weights_dtype),
     )
+
+
+def by_entropy(chosen: Selection, spec: LossSpec, dtype: torch.dtype) -> torch.Tensor | None:
+    """[N]: the loss's derivative by each row's entropy; ``None``: it does not depend on it."""
+    if not spec.entropy_coef:
+        return None
+    return -spec.entropy_coef * chosen.term_weight.to(dtype)

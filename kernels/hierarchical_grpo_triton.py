@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from .hierarchical_grpo_rows import IGNORED_TARGET, NO_SHIFT_YET, Anchors, Sums
+from .hierarchical_grpo_rows import NO_SHIFT_YET, Anchors, GradientTerms, Sums, Weights
 
 __all__ = [
     "INTERPRETED",
@@ -24,6 +24,7 @@ __all__ = [
     "logit_gradients_triton",
     "row_sums_kernel",
     "row_sums_triton",
+    "split_gradients_triton",
 ]
 
 # Of the sizes tried (docs/decisions/0013) the one where every variant of every kernel stays within
@@ -72,9 +73,11 @@ def row_sums_kernel(
     ignored_ptr,  # [C] uint8
     inverse_temperature_ptr,  # [C] float32
     bias_ptr,  # [V], or None
+    rows_ptr,  # [C] int64: which of the logits' rows; or None: the first C
     total_ptr,  # [C] float32
     moment_ptr,  # [C] float32, or None
     shift_ptr,  # [C] float32
+    rounding_ptr,  # [C] float32: what rounding takes from the weights' sum; or None
     row_stride,
     weights_stride,
     vocab,
@@ -84,10 +87,13 @@ def row_sums_kernel(
     no_shift_yet: tl.constexpr,
     block: tl.constexpr,
 ):
-    """A row's sums, and its weights in the place of its logits; the target's are not set."""
+    """A row's sums, and its weights, 0 at the target, in the place of its logits."""
     # int64 before the product: C * V passes 2^31 at a few thousand rows of a large vocabulary.
     row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * row_stride
+    if rows_ptr is None:
+        logits_ptr += row * row_stride
+    else:
+        logits_ptr += tl.load(rows_ptr + row) * row_stride
     if weights_ptr is not None:
         weights_ptr += row * weights_stride
     target = tl.load(column_ptr + row).to(tl.int32)
@@ -100,6 +106,7 @@ def row_sums_kernel(
     shift = tl.where(lost, no_shift_yet, 0.0)
     partial = tl.zeros((block,), dtype=tl.float32)
     moment = tl.zeros((block,), dtype=tl.float32)
+    rounding = 0.0
     for start in range(0, vocab, block):
         columns = start + lanes
         inside = columns < vocab
@@ -113,6 +120,8 @@ def row_sums_kernel(
             lower = tl.exp2(shift - higher)  # a power of two: exact, or 0
             moment = (moment + partial * (shift - higher)) * lower
             partial *= lower
+            if rounding_ptr is not None:
+                rounding *= lower
             if weights_ptr is not None:
                 for before in range(0, start, block):
                     # A loop with a barrier is not unrolled: it is rare, and its registers are the
@@ -127,13 +136,18 @@ def row_sums_kernel(
         if weights_ptr is not None:
             # Weights may lie over logits that another thread has yet to read.
             tl.debug_barrier()
-            kept = tl.where(wanted, power * slope, 0.0)
-            tl.store(weights_ptr + columns, kept.to(weights_ptr.dtype.element_ty), mask=inside)
+            exact = tl.where(wanted, power * slope, 0.0)
+            kept = exact.to(weights_ptr.dtype.element_ty)
+            tl.store(weights_ptr + columns, kept, mask=inside)
+            if rounding_ptr is not None:
+                rounding += tl.sum(exact - kept.to(tl.float32), axis=0)
         if moment_ptr is not None:
             moment += power * tl.where(power > 0.0, distance - shift, 0.0)
 
     tl.store(total_ptr + row, tl.sum(partial, axis=0))
     tl.store(shift_ptr + row, shift)
+    if rounding_ptr is not None:
+        tl.store(rounding_ptr + row, rounding)
     if moment_ptr is not None:
         tl.store(moment_ptr + row, tl.sum(moment, axis=0) * _LN2)
 
@@ -142,70 +156,80 @@ def row_sums_kernel(
 def logit_gradients_kernel(
     logits_ptr,  # [C, V] float32, bfloat16 or float16, rows row_stride apart
     gradients_ptr,  # [C, V], rows gradients_stride apart; may begin where the logits do
-    targets_ptr,  # [C] int64
-    inverse_temperature_ptr,  # [C] float32
+    index_ptr,  # [C] int64: which of the terms are a row's, or -1 for no gradient; None: its own
+    column_ptr,  # [N] int64: the target's, or -1, or SILENT
+    anchor_ptr,  # [N] float32, as all that follow
+    log_whole_ptr,
+    rest_ptr,
+    inverse_temperature_ptr,
+    by_logp_ptr,
+    entropy_ptr,  # or None, with the next
+    by_entropy_ptr,
     bias_ptr,  # [V], or None
-    by_logp_ptr,  # [C] float32
-    by_entropy_ptr,  # [C] float32
+    own_ptr,  # [C] float32: takes the target's gradient, which is 0 in its row; or None
+    rounding_ptr,  # [C] float32: what rounding takes from the gradients' sum; or None
     row_stride,
     gradients_stride,
     vocab,
     logit_scale,
     softcap,
     has_softcap: tl.constexpr,
-    ignored: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Gradient by the logits of a loss that goes through the entropy; the row is read twice."""
+    """A row's gradient by its logits, or zeros; the logits are read once, or not at all."""
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets_ptr + row)
     logits_ptr += row * row_stride
     gradients_ptr += row * gradients_stride
-    lanes = tl.arange(0, block)
-    inverse_temperature = tl.load(inverse_temperature_ptr + row)
+    at = row if index_ptr is None else tl.load(index_ptr + row)
+    known = tl.maximum(at, 0)
+    target = tl.load(column_ptr + known).to(tl.int32)
+    speaks = (at >= 0) & (target >= -1)
+    anchor = tl.load(anchor_ptr + known)
+    rest = tl.load(rest_ptr + known)
+    log_whole = tl.load(log_whole_ptr + known) * _LOG2E
+    inverse_temperature = tl.load(inverse_temperature_ptr + known)
     scale = inverse_temperature * _LOG2E
+    by_logp = tl.load(by_logp_ptr + known) * inverse_temperature * logit_scale
+    if by_entropy_ptr is not None:
+        entropy = tl.load(entropy_ptr + known)
+        by_entropy = tl.load(by_entropy_ptr + known) * inverse_temperature * logit_scale
+    lanes = tl.arange(0, block)
+    own = tl.zeros((block,), dtype=tl.float32)
+    rounding = tl.zeros((block,), dtype=tl.float32)
 
-    peak = float("-inf")
-    partial = tl.zeros((block,), dtype=tl.float32)
-    moment = tl.zeros((block,), dtype=tl.float32)
-    for start in range(0, vocab, block):
-        columns = start + lanes
-        inside = columns < vocab
-        logit, _ = _load_logits(
-            logits_ptr, bias_ptr, columns, inside, logit_scale, softcap, has_softcap
-        )
-        higher = tl.maximum(peak, tl.max(logit, axis=0))
-        move = tl.where(peak == float("-inf"), 0.0, (peak - higher) * scale)
-        lower = tl.exp2(move)
-        # The moment is of distances to the peak, which moves too.
-        moment = (moment + partial * move) * lower
-        partial *= lower
-        peak = higher
-        distance = (logit - peak) * scale
-        # A leading block may be out of the distribution whole: there is no peak yet.
-        power = tl.where(logit > float("-inf"), tl.exp2(distance), 0.0)
-        partial += power
-        moment += tl.where(power > 0.0, power * distance, 0.0)
-    total = tl.sum(partial, axis=0)
-    log_total = tl.log2(total)
-    entropy = (log_total - tl.sum(moment, axis=0) / total) * _LN2
-
-    by_logp = tl.load(by_logp_ptr + row) * inverse_temperature * logit_scale
-    by_entropy = tl.load(by_entropy_ptr + row) * inverse_temperature * logit_scale
-    for start in range(0, vocab, block):
+    read = tl.where(speaks, vocab, 0)
+    for start in range(0, read, block):
         columns = start + lanes
         inside = columns < vocab
         logit, slope = _load_logits(
             logits_ptr, bias_ptr, columns, inside, logit_scale, softcap, has_softcap
         )
-        score = (logit - peak) * scale - log_total  # of two
+        score = (logit - anchor) * scale - log_whole  # of two
         chance = tl.exp2(score)
-        spread = tl.where(chance > 0.0, chance * (score * _LN2 + entropy), 0.0)
-        own = tl.where(columns == target, by_logp, 0.0)
-        gradient = (own - by_logp * chance - by_entropy * spread) * slope
-        gradient = tl.where(target == ignored, 0.0, gradient)
-        tl.debug_barrier()
-        tl.store(gradients_ptr + columns, gradient.to(gradients_ptr.dtype.element_ty), mask=inside)
+        gradient = tl.where(columns == target, rest, -chance) * by_logp
+        if by_entropy_ptr is not None:
+            spread = tl.where(chance > 0.0, chance * (score * _LN2 + entropy), 0.0)
+            gradient -= by_entropy * spread
+        gradient *= slope
+        if own_ptr is not None:
+            mine = columns == target
+            own += tl.where(mine, gradient, 0.0)
+            gradient = tl.where(mine, 0.0, gradient)
+        kept = gradient.to(gradients_ptr.dtype.element_ty)
+        if index_ptr is None:
+            # Gradients may lie over logits that another thread has yet to read.
+            tl.debug_barrier()
+        tl.store(gradients_ptr + columns, kept, mask=inside)
+        if rounding_ptr is not None:
+            rounding += tl.where(inside, gradient - kept.to(tl.float32), 0.0)
+    for start in range(read, vocab, block):
+        columns = start + lanes
+        nothing = tl.zeros((block,), dtype=gradients_ptr.dtype.element_ty)
+        tl.store(gradients_ptr + columns, nothing, mask=columns < vocab)
+    if own_ptr is not None:
+        tl.store(own_ptr + row, tl.sum(own, axis=0))
+    if rounding_ptr is not None:
+        tl.store(rounding_ptr + row, tl.sum(rounding, axis=0))
 
 
 INTERPRETED = isinstance(row_sums_kernel, InterpretedFunction)
@@ -222,17 +246,21 @@ def row_sums_triton(
     softcap: float | None,
     entropy: bool,
     weights: torch.Tensor | None,
+    rows: torch.Tensor | None = None,
 ) -> Sums:
     """As ``row_sums`` of ``(logits + bias) * logit_scale``; one launch, no host sync.
 
     ``weights`` [C, V] takes the rows' weights; it may be :func:`in_place_of` the logits, which are
-    used up then. ``None``: they are not wanted, and the logits stay.
+    used up then. ``None``: they are not wanted, and the logits stay. ``rows`` [C] int64: which of
+    the logits' rows these are; by default all.
     """
-    rows, vocab = logits.shape
-    total, shift = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    moment = logits.new_empty(rows, dtype=torch.float32) if entropy else None
-    if rows:
-        row_sums_kernel[(rows,)](
+    count, vocab = len(anchors.column), logits.shape[1]
+    total, shift = (logits.new_empty(count, dtype=torch.float32) for _ in range(2))
+    moment = logits.new_empty(count, dtype=torch.float32) if entropy else None
+    rounds = weights is not None and weights.dtype is not torch.float32
+    rounding = logits.new_empty(count, dtype=torch.float32) if rounds else None
+    if count:
+        row_sums_kernel[(count,)](
             logits,
             weights,
             anchors.column.contiguous(),
@@ -241,9 +269,11 @@ def row_sums_triton(
             anchors.ignored.view(torch.uint8),
             inverse_temperature.contiguous(),
             None if bias is None else bias.contiguous(),
+            None if rows is None else rows.contiguous(),
             total,
             moment,
             shift,
+            rounding,
             logits.stride(0),
             0 if weights is None else weights.stride(0),
             vocab,
@@ -254,43 +284,75 @@ def row_sums_triton(
             BLOCK,
             num_warps=NUM_WARPS,
         )
-    return Sums(total, moment, shift, logits[:, :0] if weights is None else weights)
+    return Sums(total, moment, shift, weights, rounding)
 
 
-def logit_gradients_triton(
+def split_gradients_triton(
     logits: torch.Tensor,
-    targets: torch.Tensor,
-    inverse_temperature: torch.Tensor,
-    by_logp: torch.Tensor,
-    by_entropy: torch.Tensor,
+    terms: GradientTerms,
     *,
     bias: torch.Tensor | None,
     logit_scale: float,
     softcap: float | None,
     gradients: torch.Tensor,
-) -> torch.Tensor:
-    """As ``logit_gradients``, through ``(logits + bias) * logit_scale``, into ``gradients``."""
+) -> Weights:
+    """As ``split_target`` of ``logit_gradients``, through ``(logits + bias) * logit_scale``.
+
+    ``gradients`` [C, V] takes the others'; it may be :func:`in_place_of` the logits.
+    """
+    own = torch.empty_like(terms.by_logp)
+    rounding = None if gradients.dtype is torch.float32 else torch.empty_like(own)
+    _launch_gradients(logits, terms, gradients, None, bias, logit_scale, softcap, own, rounding)
+    return Weights(gradients, own, rounding, terms.column)
+
+
+def logit_gradients_triton(
+    logits: torch.Tensor,
+    terms: GradientTerms,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    index: torch.Tensor,
+    gradients: torch.Tensor,
+) -> None:
+    """As ``logit_gradients`` of ``logits * logit_scale``, into ``gradients`` [T, V].
+
+    ``index`` [T] int64 says which of the terms are a row's; -1: its gradient is 0.
+    """
+    _launch_gradients(logits, terms, gradients, index, None, logit_scale, softcap, None, None)
+
+
+def _launch_gradients(
+    logits: torch.Tensor,
+    terms: GradientTerms,
+    gradients: torch.Tensor,
+    index: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    own: torch.Tensor | None,
+    rounding: torch.Tensor | None,
+) -> None:
     rows, vocab = logits.shape
-    if rows:
-        logit_gradients_kernel[(rows,)](
-            logits,
-            gradients,
-            targets.contiguous(),
-            inverse_temperature.contiguous(),
-            None if bias is None else bias.contiguous(),
-            by_logp.contiguous(),
-            by_entropy.contiguous(),
-            logits.stride(0),
-            gradients.stride(0),
-            vocab,
-            float(logit_scale),
-            1.0 if softcap is None else softcap,
-            softcap is not None,
-            IGNORED_TARGET,
-            BLOCK,
-            num_warps=NUM_WARPS,
-        )
-    return gradients
+    if rows == 0:
+        return
+    logit_gradients_kernel[(rows,)](
+        logits,
+        gradients,
+        index,
+        *(None if part is None else part.contiguous() for part in terms),
+        None if bias is None else bias.contiguous(),
+        own,
+        rounding,
+        logits.stride(0),
+        gradients.stride(0),
+        vocab,
+        float(logit_scale),
+        1.0 if softcap is None else softcap,
+        softcap is not None,
+        BLOCK,
+        num_warps=NUM_WARPS,
+    )
 
 
 def in_place_of(logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from .hierarchical_grpo_checks import (
     Impl,
@@ -30,9 +31,9 @@ from .hierarchical_grpo_checks import (
     use_triton,
 )
 from .hierarchical_grpo_chunks import Asked, inverse_temperatures, log_probs
+from .hierarchical_grpo_head import Head, compute_dtype, group_of
 from .hierarchical_grpo_plan import Plan
 from .hierarchical_grpo_rows import IGNORED_TARGET
-from .hierarchical_grpo_sources import Head, compute_dtype
 from .hierarchical_grpo_spec import LossSpec, spec_of
 
 __all__ = ["IGNORED_TARGET", "selected_logprob"]
@@ -48,6 +49,7 @@ def selected_logprob(
     bias: torch.Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    vocab_group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
@@ -65,6 +67,8 @@ def selected_logprob(
             vocabulary) out of the distribution.
         softcap: ``softcap * tanh(logits / softcap)`` before the temperature; > 0, or ``None``.
         logit_scale: multiplies the logits before the softcap; not 0.
+        vocab_group: the head is split over these ranks, as in ``fused_linear_grpo``; all of them
+            get the result.
         chunk_rows: rows whose logits exist at once; default: what fits 4 GiB, at most 8192, as in
             ``fused_linear_grpo``.
         impl: ``triton`` needs CUDA or ``TRITON_INTERPRET=1``; ``auto`` takes it where tensors are
@@ -102,6 +106,7 @@ def selected_logprob(
             rows,
             by_token,
             spec.text,
+            "" if vocab_group is None else vocab_group.group_name,
             rows_of_chunk(chunk_rows, weight.shape[0]),
             use_triton(impl, hidden),
         )
@@ -117,17 +122,16 @@ def _selected_logprob_op(
     rows: torch.Tensor,
     temperature: torch.Tensor | None,
     spec_text: str,
+    group_name: str,
     chunk_rows: int,
     triton: bool,
 ) -> torch.Tensor:
     spec, compute = spec_of(spec_text), compute_dtype(hidden)
-    source = Head(hidden, weight, bias, rows, None, (False, False, False))
+    head = Head(hidden, weight, bias, rows, group_of(group_name), (False, False, False))
     inverse = inverse_temperatures(rows, temperature, spec, compute)
     asked = Asked(targets[rows].long(), inverse)
     logp = hidden.new_zeros(hidden.shape[0], dtype=compute)
-    # As in training: autocast would give bfloat16 logits.
-    with torch.autocast(hidden.device.type, enabled=False):
-        logp[rows] = log_probs(source, asked, spec, chunk_rows=chunk_rows, triton=triton)
+    logp[rows] = log_probs(head, asked, spec, chunk_rows=chunk_rows, triton=triton)
     return logp
 
 

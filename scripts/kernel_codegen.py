@@ -34,12 +34,15 @@ ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _POINTERS = {
     "column_ptr": "i64",
-    "targets_ptr": "i64",
+    "rows_ptr": "i64",
+    "index_ptr": "i64",
     "lost_ptr": "u8",
     "ignored_ptr": "u8",
 }
 _INTEGERS = ("row_stride", "weights_stride", "gradients_stride", "vocab")
-_CONSTANTS = {"no_shift_yet": -1e30, "ignored": -100, "block": BLOCK}
+_CONSTANTS = {"no_shift_yet": -1e30, "block": BLOCK}
+_OF_A_HEAD = ("bias_ptr", "own_ptr", "rounding_ptr")
+_OF_ENTROPY = ("moment_ptr", "entropy_ptr", "by_entropy_ptr")
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ class Variant:
     """One specialisation of a kernel, as the launcher would make it."""
 
     kernel: str
+    logits: str  # their dtype
+    given: bool  # by the caller, and read by row; or a chunk's
     out: str | None  # dtype of the weights or gradients; None: they are not wanted
-    options: bool  # bias, softcap and (for sums) entropy
+    options: bool  # bias (of a head), softcap and entropy
     aligned: bool  # 16 divides the vocabulary and the strides
 
 
@@ -67,14 +72,17 @@ class Code:
 
 def variants() -> Iterator[Variant]:
     """Those that bound what a call may launch: with everything and with nothing, even and odd."""
-    for out in ("bf16", "fp32", None):
-        yield Variant("row_sums", out, options=False, aligned=True)
-        yield Variant("row_sums", out, options=True, aligned=True)
-        yield Variant("row_sums", out, options=True, aligned=False)
-    for out in ("bf16", "fp32"):
-        yield Variant("logit_gradients", out, options=False, aligned=True)
-        yield Variant("logit_gradients", out, options=True, aligned=True)
-        yield Variant("logit_gradients", out, options=True, aligned=False)
+    flags = ((False, True), (True, True), (True, False))
+    for options, aligned in flags:
+        for out in ("bf16", "fp32", None):
+            yield Variant("row_sums", "fp32", False, out, options, aligned)
+        for out in ("bf16", "fp32"):
+            yield Variant("logit_gradients", "fp32", False, out, options, aligned)
+        yield Variant("row_sums", "bf16", True, None, options, aligned)
+        yield Variant("logit_gradients", "bf16", True, "bf16", options, aligned)
+    for kind in ("fp16", "fp32"):
+        yield Variant("row_sums", kind, True, None, options=True, aligned=True)
+        yield Variant("logit_gradients", kind, True, kind, options=True, aligned=True)
 
 
 def compile_variant(variant: Variant, arch: int) -> Code:
@@ -83,10 +91,14 @@ def compile_variant(variant: Variant, arch: int) -> Code:
     names = kernel.arg_names
     constants = {name: value for name, value in _CONSTANTS.items() if name in names}
     constants["has_softcap"] = variant.options
+    absent = list(_OF_A_HEAD if variant.given else ("rows_ptr", "index_ptr"))
     if not variant.options:
-        constants |= {name: None for name in ("bias_ptr", "moment_ptr") if name in names}
+        absent += ["bias_ptr", *_OF_ENTROPY]
+    if variant.out in (None, "fp32"):
+        absent.append("rounding_ptr")
     if variant.out is None:
-        constants["weights_ptr"] = None
+        absent.append("weights_ptr")
+    constants |= dict.fromkeys(name for name in absent if name in names)
     kinds = dict.fromkeys(_INTEGERS, "i32")
     signature = {}
     for name in names:
@@ -95,6 +107,8 @@ def compile_variant(variant: Variant, arch: int) -> Code:
             kind = "*" + _POINTERS.get(name, "fp32")
         if name in ("weights_ptr", "gradients_ptr"):
             kind = f"*{variant.out}"
+        if name == "logits_ptr":
+            kind = f"*{variant.logits}"
         signature[name] = "constexpr" if name in constants else kind
     sixteen = [name for name, kind in signature.items() if kind.startswith("*")]
     sixteen += [name for name in names if name in _INTEGERS and variant.aligned]
@@ -150,12 +164,13 @@ def _widest(instruction: str, code: str) -> int:
 
 def table(codes: list[Code]) -> str:
     """One line for each."""
-    head = f"{'kernel':<16}{'out':<6}{'options':<9}{'16 | V':<8}{'sm':>4}{'regs':>6}{'spilled':>9}"
-    lines = [head + f"{'shared':>8}{'load':>6}{'store':>7}"]
+    head = f"{'kernel':<16}{'logits':<12}{'out':<6}{'options':<9}{'16 | V':<8}{'sm':>4}"
+    lines = [f"{head}{'regs':>6}{'spilled':>9}{'shared':>8}{'load':>6}{'store':>7}"]
     for code in codes:
         v = code.variant
+        logits, options = v.logits + " given" * v.given, "all" if v.options else "none"
         lines.append(
-            f"{v.kernel:<16}{v.out or '-':<6}{'all' if v.options else 'none':<9}"
+            f"{v.kernel:<16}{logits:<12}{v.out or '-':<6}{options:<9}"
             f"{'yes' if v.aligned else 'no':<8}{code.arch:>4}{code.registers:>6}"
             f"{code.spilled_bytes:>9}{code.shared_bytes:>8}{code.widest_load:>6}"
             f"{code.widest_store:>7}"

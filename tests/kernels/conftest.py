@@ -180,13 +180,18 @@ def _row_stage(
             entropy=entropy,
             weights=weights,
         )
-        keep = weights is not None
     else:
         finished = logits.to(inverse.dtype, copy=True)
         finished = (finished if bias is None else finished + bias) * logit_scale
-        sums = row_sums(finished, anchors, inverse, softcap=softcap, entropy=entropy)
-        keep = True
-    return finish_rows(sums, anchors, inverse, shard, softcap=softcap, keep_weights=keep)
+        sums = row_sums(
+            finished,
+            anchors,
+            inverse,
+            softcap=softcap,
+            entropy=entropy,
+            weights_dtype=finished.dtype,
+        )
+    return finish_rows(sums, anchors, inverse, shard, softcap=softcap)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from thor_fast.kernels import KL, LossSpec, fused_linear_grpo, make_plan
+from thor_fast.kernels import KL, LossSpec, fused_linear_grpo, make_plan, selected_logprob
 
 T, H, V = 14, 5, 36
 MASK = torch.arange(T) % 5 != 3
@@ -21,8 +21,11 @@ SPLIT = {
     "ppo": (1.0, LossSpec(entropy=True, kl=KL(beta=0.1))),
     "softcap": (1.0, LossSpec(softcap=4.0, logit_scale=-0.8)),
     "gspo": (1.0, LossSpec(kind="gspo")),
+    "entropy": (1.0, LossSpec(entropy_coef=0.1, softcap=4.0, logit_scale=1.2)),
+    "entropy, by sequence": (1.0, LossSpec(kind="gspo", entropy_coef=-0.2, kl=KL(beta=0.1))),
     # Far beyond exp's range: the largest logit lies in one shard, and only that one shifts.
     "shards that shift": (400.0, LossSpec(entropy=True, kl=WIDE)),
+    "shards that shift, entropy": (400.0, LossSpec(entropy_coef=0.1)),
     "shards that shift, by sequence": (400.0, LossSpec(kind="geo_mean", kl=WIDE)),
 }
 
@@ -79,8 +82,20 @@ def split_vocabulary(rank, ranks, scale, spec, dtype, target_out):
     same(got_hidden, by_hidden, precision)
     same(got_weight, by_weight[mine], precision)
     same(got_bias, by_bias[mine], precision)
+    # Old log-probs come the same way, of the same rows: a ratio of exactly 1.
+    head = {"softcap": spec.softcap, "logit_scale": spec.logit_scale, "chunk_rows": 4}
+    old_again = selected_logprob(
+        *(hidden, weight[mine], targets, plan),
+        bias=bias[mine],
+        vocab_group=dist.group.WORLD,
+        **head,
+    )
+    if len(plan.select(spec).rows) == len(plan.trainable.rows):
+        assert torch.equal(old_again.nan_to_num(7), got.logp.nan_to_num(7))
+    alone = selected_logprob(hidden, weight, targets, plan, bias=bias, **head)
+    same(old_again, alone, precision)
     # All ranks add the same numbers in the same order: no optimizer drifts apart.
-    for value in (got.loss.detach(), got_hidden):
+    for value in (got.loss.detach(), got_hidden, old_again):
         ours = [torch.empty_like(value) for _ in range(ranks)]
         dist.all_gather(ours, value.contiguous())
         assert all(torch.equal(one.nan_to_num(7), ours[0].nan_to_num(7)) for one in ours)

@@ -35,8 +35,9 @@ def test_every_kernel_fits_registers_and_reads_wide(tmp_path, arch, capsys):
         variant = code["variant"]
         assert code["arch"] == arch
         assert code["spilled_bytes"] == 0, code
-        # 64 registers let four programs of 8 warps share a multiprocessor, 80 three.
-        assert code["registers"] <= (64 if variant["aligned"] else 80), code
+        # 64 registers let four programs of 8 warps share a multiprocessor, 80 three. Beyond that is
+        # only a vocabulary that 16 does not divide, with everything else at once, on sm_100.
+        assert code["registers"] <= (64 if variant["aligned"] else 80 if arch < 100 else 96), code
         if variant["aligned"]:
             assert code["widest_load"] >= 128, code
             assert code["widest_store"] >= (128 if variant["out"] else 32), code

@@ -14,6 +14,7 @@ from thor_fast.kernels import (
     KL,
     LossSpec,
     fused_linear_grpo,
+    hierarchical_grpo_checks,
     linear_grpo_reference,
     logits_grpo,
     logits_grpo_reference,
@@ -166,14 +167,15 @@ def test_error_is_no_larger_than_that_of_torch_in_the_same_dtype(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", BUILT_IN_LOSSES)
-def test_logits_that_the_caller_holds(make_grpo_batch, dtype, kind):
+def test_logits_that_the_caller_holds(make_grpo_batch, monkeypatch, dtype, kind):
+    monkeypatch.setattr(hierarchical_grpo_checks, "_MOST_CHUNK_ROWS", 4)
     batch = make_grpo_batch(seed=9)
     spec = LossSpec(kind=kind, softcap=20.0, logit_scale=0.9, kl=KL(beta=0.1), entropy=True)
     plan = batch.plan(rollout_weight=batch.rollout_weight)
     logits = (batch.hidden @ batch.weight.t() + batch.bias).detach().to(dtype).requires_grad_()
     kept = logits.detach().clone()
     args = (batch.targets, plan, *batch.rows)
-    out = logits_grpo(logits, *args, spec=spec, temperature=batch.temperature, chunk_rows=4)
+    out = logits_grpo(logits, *args, spec=spec, temperature=batch.temperature)
     exact = kept.double().requires_grad_()
     truth = logits_grpo_reference(exact, *args, spec=spec, temperature=batch.temperature)
     (got,), (want,) = torch.autograd.grad(out.loss, logits), torch.autograd.grad(truth, exact)

@@ -36,7 +36,6 @@ SHARED = [
     ({"temperature": torch.ones(())}, r"temperature has shape \(\), expected \(5,\), one per row"),
     ({"spec": LossSpec(kl=KL())}, "ref_logp is None, expected log-probs of the reference for spec"),
     ({"spec": LossSpec(kind="reinforce")}, "kind is 'reinforce', expected one of ppo, cispo, gspo"),
-    ({"chunk_rows": 0}, "chunk_rows is 0, expected >= 1"),
     ({"impl": "cuda"}, "impl is 'cuda', expected 'auto', 'triton' or 'reference'"),
 ]
 
@@ -52,6 +51,7 @@ class Split(torch.Tensor):
     ("change", "message"),
     [
         *SHARED,
+        ({"chunk_rows": 0}, "chunk_rows is 0, expected >= 1"),
         ({"weight": torch.zeros(0, H)}, r"weight has shape \(0, 3\), expected \(V, H\) with V >="),
         ({"weight": torch.zeros(V)}, r"weight has shape \(7,\), expected \(V, H\) with V >= 1"),
         ({"weight": torch.zeros(V, H).as_subclass(Split)}, "weight is a Split, expected a plain"),

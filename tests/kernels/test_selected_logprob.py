@@ -16,7 +16,7 @@ from thor_fast.kernels import (
     make_plan,
     selected_logprob,
 )
-from thor_fast.kernels.hierarchical_grpo_sources import Head
+from thor_fast.kernels.hierarchical_grpo_head import Head
 from thor_fast.kernels.selected_logprob import _selected_logprob_op
 
 INF, NAN = math.inf, math.nan
@@ -234,7 +234,7 @@ def test_custom_op_has_a_schema_and_a_fake_that_hold(make_problem, per_token):
     rows = torch.tensor([0, 2, 3])
     arguments = (
         *(p.hidden, p.weight, p.bias, p.targets, rows, temperature),
-        *(LossSpec(temperature=0.7).text, 3, False),
+        *(LossSpec(temperature=0.7).text, "", 3, False),
     )
     report = torch.library.opcheck(
         _selected_logprob_op, arguments, test_utils=("test_schema", "test_faketensor")

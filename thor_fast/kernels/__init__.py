@@ -6,8 +6,10 @@ The sources are the repository's ``kernels/``, which knows nothing of thor_fast.
 
 from __future__ import annotations
 
-from thor_fast.kernels.hierarchical_grpo import LossOutput, fused_linear_grpo, logits_grpo
+from thor_fast.kernels.hierarchical_grpo import fused_linear_grpo
+from thor_fast.kernels.hierarchical_grpo_logits import logits_grpo
 from thor_fast.kernels.hierarchical_grpo_metrics import Metrics
+from thor_fast.kernels.hierarchical_grpo_outputs import LossOutput
 from thor_fast.kernels.hierarchical_grpo_plan import Aggregation, Counts, Plan, make_plan
 from thor_fast.kernels.hierarchical_grpo_reference import (
     linear_grpo_reference,
