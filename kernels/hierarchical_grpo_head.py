@@ -86,13 +86,11 @@ class Head:
             x = self._hidden[self._rows[part]]
             scaled = x if scale is None else x * scale.unsqueeze(1)
             self._add_product(self.by_weight, weights.others, scaled.to(weights.others.dtype))
-            # Not index_add: its order, and so its sum, is another one each time.
-            column = (weights.column.clamp(min=0),)
-            self.by_weight.index_put_(column, own.unsqueeze(1) * x, accumulate=True)
+            _add_rows(self.by_weight, weights.column, own.unsqueeze(1) * x)
         if self.by_bias is not None:
             others = weights.others if scale is None else weights.others * scale.unsqueeze(1)
             self.by_bias.add_(others.sum(dim=0, dtype=self._compute))
-            self.by_bias.index_put_((weights.column.clamp(min=0),), own, accumulate=True)
+            _add_rows(self.by_bias, weights.column, own)
 
     def _back(self, weights: Weights, scale: torch.Tensor | None) -> torch.Tensor:
         """[C, H]: to the hidden states."""
@@ -123,3 +121,12 @@ class Head:
             torch.addmm(out, a.t(), b, out_dtype=torch.float32, out=out)
         else:
             out.addmm_(a.t().to(out.dtype), b.to(out.dtype))
+
+
+def _add_rows(out: torch.Tensor, at: torch.Tensor, rows: torch.Tensor) -> None:
+    """``out[at] += rows``, in the same order each time; a negative place stands for a row of 0."""
+    at = at.clamp(min=0)
+    if out.is_cuda:  # where index_put sorts, and index_add takes what comes first
+        out.index_put_((at,), rows, accumulate=True)
+    else:  # the other way round
+        out.index_add_(0, at, rows.to(out.dtype))
