@@ -116,12 +116,16 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class KVBudget:
-    """How many sequences and tokens of KV the engine can hold at once, and what it holds now."""
+    """How many sequences and tokens of KV the engine can hold at once, and what it holds now.
+
+    ``block_tokens``: a sequence takes up whole blocks of so many tokens.
+    """
 
     max_sequences: int
     max_tokens: int
     live_sequences: int
     live_tokens: int
+    block_tokens: int = 1
 
 
 def check_context(token_ids: Sequence[int], max_context: int, vocab_size: int) -> None:

@@ -85,7 +85,7 @@ class PagedEngine:
         embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
         self._vocab = embeddings.num_embeddings
         self._max_sequences, self._max_context = max_sequences, max_context
-        self._max_tokens = blocks * block_size
+        self._max_tokens, self._block_size = blocks * block_size, block_size
         self._weight_version = 0
         self._steps = StepLoop(
             model,
@@ -145,6 +145,7 @@ class PagedEngine:
             max_tokens=self._max_tokens,
             live_sequences=sequences,
             live_tokens=tokens,
+            block_tokens=self._block_size,
         )
 
     @property

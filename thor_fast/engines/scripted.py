@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from thor_fast.engines.base import (
@@ -71,7 +71,9 @@ class ScriptedEngine:
     session looks its context up in the same way (a script per branch), and plays its parent's
     script on if there is none. ``chunk_tokens``: tokens per chunk; with ``watch=False`` that many
     can run past a fence. ``max_sequences``: holding more sessions is an ``EngineError``, so that a
-    scheduler which admits too many is found out. ``token_s``: seconds per token.
+    scheduler which admits too many is found out; so is holding more than ``kv_tokens`` tokens (by
+    default enough for all of them), counted in blocks of ``block_tokens``. ``token_s``: seconds per
+    token.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class ScriptedEngine:
         chunk_tokens: int = 1,
         max_context: int = 1 << 20,
         max_sequences: int = 256,
+        kv_tokens: int | None = None,
+        block_tokens: int = 1,
     ) -> None:
         empty = [context for context, choices in scripts.items() if not choices]
         if empty:
@@ -94,6 +98,8 @@ class ScriptedEngine:
         self._token_s = token_s
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
+        self._kv_tokens = max_sequences * max_context if kv_tokens is None else kv_tokens
+        self._block_tokens = block_tokens
         self._capabilities = Capabilities(max_context, watch, True, True)
         self._version = 0
         self._n_forks = itertools.count()
@@ -107,9 +113,10 @@ class ScriptedEngine:
     def kv_budget(self) -> KVBudget:
         return KVBudget(
             max_sequences=self._max_sequences,
-            max_tokens=self._max_sequences * self._capabilities.max_context,
+            max_tokens=self._kv_tokens,
             live_sequences=len(self._sessions),
-            live_tokens=sum(s.held for s in self._sessions.values()),
+            live_tokens=self._in_blocks(s.held for s in self._sessions.values()),
+            block_tokens=self._block_tokens,
         )
 
     @property
@@ -186,6 +193,7 @@ class ScriptedEngine:
             shared += 1
         session.rewind(shared)
         session.tokens.extend(request.token_ids[shared:])
+        self._check_tokens()
         return session
 
     def _get(self, name: str, at_token: int) -> _Session:
@@ -202,6 +210,14 @@ class ScriptedEngine:
                 f"{self._max_sequences}"
             )
 
+    def _in_blocks(self, lengths: Iterable[int]) -> int:
+        return sum(-(-n // self._block_tokens) for n in lengths) * self._block_tokens
+
+    def _check_tokens(self) -> None:
+        used = self._in_blocks(len(s.tokens) for s in self._sessions.values())
+        if used > self._kv_tokens:
+            raise EngineError(f"{used} tokens at once, expected at most {self._kv_tokens}")
+
     def _sample(self, session: _Session, name: str) -> int:
         if self._closed:
             raise EngineError("engine is closed, expected an open one")
@@ -216,6 +232,7 @@ class ScriptedEngine:
             )
         session.played.append(len(session.tokens))
         session.tokens.append(script.token_ids[index])
+        self._check_tokens()
         return script.token_ids[index]
 
     def _finish(

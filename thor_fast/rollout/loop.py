@@ -32,7 +32,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from thor_fast.engines.base import Engine, FinishReason, GenerateRequest, SamplingParams, TokenChunk
@@ -66,17 +66,21 @@ async def run_episode(
     sampling: SamplingParams,
     eos_token_ids: frozenset[int],
     session: str,
+    room: Callable[[int], Awaitable[int]] | None = None,
     trajectory: Trajectory | None = None,
 ) -> Trajectory:
     """Run one episode and return its trajectory, which has a ``stop_reason``.
 
     ``encode``: observation text -> ids (:class:`~thor_fast.rollout.splice.ObservationEncoder`).
     ``session``: a name no other live episode uses; released at the end, whatever the end.
+    ``room``: asked before each engine call how many tokens the engine may add to so many (see
+    ``admission.py``); where that ends a call, another one follows.
     ``trajectory``: filled in place if given, so that a caller who cancels still sees what there is
     (``CANCELLED``); it must be empty.
 
-    ``metrics``: seconds ``generate_s`` (awaiting the engine), ``tool_s`` (awaiting the sandbox),
-    ``tool_wait_s`` (the part of it in which the snippet was not running); counts ``engine_calls``,
+    ``metrics``: seconds ``generate_s`` (awaiting the engine), ``room_s`` (awaiting ``room``),
+    ``tool_s`` (awaiting the sandbox), ``tool_wait_s`` (the part of it in which the snippet was not
+    running); counts ``engine_calls``,
     ``early_runs`` (blocks begun before they were complete), ``dropped_tokens`` (sampled past a
     fence), and, from engines that tell, ``prefill_tokens`` and ``resume_prefill_tokens`` (all calls
     but the first).
@@ -93,7 +97,7 @@ async def run_episode(
     trajectory.seed, trajectory.weight_version = sampling.seed, engine.weight_version
     early = EarlyRuns(sandbox, tool.request)
     episode = _Running(
-        engine, early, tool, limits, encode, sampling, eos_token_ids, session, trajectory
+        engine, early, tool, limits, encode, sampling, eos_token_ids, session, room, trajectory
     )
     deadline = asyncio.timeout(limits.deadline_s)
     try:
@@ -143,18 +147,19 @@ class _Running:
     sampling: SamplingParams
     eos_token_ids: frozenset[int]
     session: str
+    room: Callable[[int], Awaitable[int]] | None
     trajectory: Trajectory
     metrics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def run(self) -> StopReason:
         detector = self.tool.detector(self.early.draft)
         while True:
-            budget, context = self._room()
+            budget, context = self._left()
             if budget < 1:
                 return StopReason.MAX_TOKENS
             if context < 1:
                 return StopReason.MAX_CONTEXT
-            call, finish = await self._generate(detector, min(budget, context))
+            call, finish = await self._generate(detector, await self._allowed(min(budget, context)))
             if call is not None:
                 stop = await self._answer(call, detector)
                 if stop is not None:
@@ -164,7 +169,17 @@ class _Running:
             elif finish is FinishReason.CONTEXT:
                 return StopReason.MAX_CONTEXT
 
-    def _room(self) -> tuple[int, int]:
+    async def _allowed(self, most: int) -> int:
+        """How many tokens the next engine call may sample: ``most`` or what there is room for."""
+        if self.room is None:
+            return most
+        started = time.perf_counter()
+        try:
+            return min(most, await self.room(len(self.trajectory)))
+        finally:
+            self.metrics["room_s"] += time.perf_counter() - started
+
+    def _left(self) -> tuple[int, int]:
         """Tokens that still fit: in the response budget, in the engine's context."""
         n_tokens = len(self.trajectory)
         response = n_tokens - len(self.trajectory.prompt_ids)
@@ -233,7 +248,7 @@ class _Running:
             return StopReason.TOOL_FAILURE
         observation = self.tool.observation(found, call.result)
         segment = splice_observation(self.encode, observation)
-        if len(segment) > min(self._room()):
+        if len(segment) > min(self._left()):
             return StopReason.OBSERVATION_OVERFLOW
         call.observation = observation
         trajectory.append(segment)

@@ -1,10 +1,10 @@
 """Many episodes at once, each on its own task.
 
 Admission is the only thing they share: as many are live as the engine can hold in its KV cache, so
-that one that waits for its snippet is not evicted and prefilled again. The next one starts the
-moment a live one ends, in the order of the prompts; nobody waits for a group or a batch. Scoring
-happens after the slot is given back, in a thread, so a slow reward delays neither decoding nor
-admission.
+that one that waits for its snippet is not evicted and prefilled again (see ``admission.py``). The
+next one starts as soon as there is room, in the order of the prompts; nobody waits for a group or a
+batch. Scoring happens after the room is given back, in a thread, so a slow reward delays neither
+decoding nor admission.
 
 Cancelling (Ctrl-C under ``asyncio.run`` does) cancels every task and waits for it; what had ended
 before is in :attr:`RolloutScheduler.finished`. An exception that is not the record of an episode is
@@ -18,12 +18,15 @@ import hashlib
 import itertools
 import struct
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from thor_fast.engines.base import Engine, SamplingParams
 from thor_fast.errors import ConfigError
+from thor_fast.rollout.admission import Admission, Allowance
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.loop import run_episode
 from thor_fast.sandbox.base import Sandbox
@@ -34,6 +37,8 @@ __all__ = ["Finished", "Prompt", "RolloutScheduler", "trajectory_seed"]
 
 # Engines are shared between schedulers, so session names must differ between them, too.
 _RUN_NUMBERS = itertools.count()
+# Enough to tell what nine in ten need, and not so many that a policy which grows is lagged behind.
+_LENGTHS_KEPT = 256
 
 Reward = Callable[[Trajectory, str], float | None]
 
@@ -62,7 +67,7 @@ class _Run:
 
     prompts: Sequence[Prompt]
     name: str
-    slots: asyncio.Semaphore
+    admission: Admission
     started: float = field(default_factory=time.perf_counter)
     finished: list[Finished] = field(default_factory=list)
     ended: asyncio.Queue[Finished | None] = field(default_factory=asyncio.Queue)
@@ -118,6 +123,7 @@ class RolloutScheduler:
         self._engine, self._sandbox, self._tool = engine, sandbox, tool
         self._encode, self._limits, self._eos_token_ids = encode, limits, eos_token_ids
         self._group_size, self._max_live = group_size, max_live
+        self._lengths: deque[int] = deque(maxlen=_LENGTHS_KEPT)
         self._reward, self._progress = reward, progress
 
     async def run(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
@@ -134,7 +140,14 @@ class RolloutScheduler:
 
         Leave it early through ``contextlib.aclosing``: closing cancels what is still live.
         """
-        run = _Run(prompts, f"run{next(_RUN_NUMBERS)}", asyncio.Semaphore(self._max_live))
+        admission = Admission(
+            self._engine.kv_budget,
+            self._lengths,
+            max_live=self._max_live,
+            growth=self._limits.max_response_tokens,
+            max_context=self._engine.capabilities.max_context,
+        )
+        run = _Run(prompts, f"run{next(_RUN_NUMBERS)}", admission)
         self.finished = run.finished
         dispatcher = asyncio.create_task(self._dispatch(run))
         dispatcher.add_done_callback(lambda _: run.ended.put_nowait(None))
@@ -148,15 +161,16 @@ class RolloutScheduler:
                 _reraise(dispatcher.exception())
 
     async def _dispatch(self, run: _Run) -> None:
-        """Start each episode when a slot is free; ends when all have, or at the first error."""
+        """Start each episode when there is room; ends when all have, or at the first error."""
         async with asyncio.TaskGroup() as tasks:
             for prompt in range(len(run.prompts)):
                 for sample in range(self._group_size):
-                    await run.slots.acquire()
-                    tasks.create_task(self._episode(run, prompt, sample))
+                    allowance = await run.admission.enter(len(run.prompts[prompt].token_ids))
+                    tasks.create_task(self._episode(run, prompt, sample, allowance))
 
-    async def _episode(self, run: _Run, prompt: int, sample: int) -> None:
+    async def _episode(self, run: _Run, prompt: int, sample: int, allowance: Allowance) -> None:
         admitted = time.perf_counter()
+        length = None
         try:
             trajectory = await run_episode(
                 self._engine,
@@ -170,9 +184,13 @@ class RolloutScheduler:
                 ),
                 eos_token_ids=self._eos_token_ids,
                 session=f"{run.name}/{prompt}/{sample}",
+                room=partial(run.admission.room, allowance),
             )
+            stop = trajectory.stop_reason
+            if stop is not None and not stop.is_infrastructure:
+                length = len(trajectory)
         finally:
-            run.slots.release()
+            run.admission.leave(allowance, length)
         trajectory.metrics["queue_s"] = admitted - run.started
         trajectory.metrics["episode_s"] = time.perf_counter() - admitted
         await self._score(trajectory, run.prompts[prompt].reference)

@@ -1,0 +1,215 @@
+"""Nobody is evicted because too many are live, nobody waits for ever, and few wait at all."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thor_fast.engines.base import KVBudget, SamplingParams
+from thor_fast.engines.scripted import Script, ScriptedEngine
+from thor_fast.rollout import (
+    ObservationEncoder,
+    Prompt,
+    RolloutLimits,
+    RolloutScheduler,
+    run_episode,
+)
+from thor_fast.rollout.admission import Admission, Allowance
+from thor_fast.tools import PythonTool
+from thor_fast.types import ExecutionResult, Status, StopReason
+
+EOS = 1
+CALL = "```py\nx\n```"
+
+
+def admission(pool: int, *, lengths=None, block=1, max_live=99, growth=100, context=10**6):
+    budget = KVBudget(max_live, pool, 0, 0, block)
+    return Admission(
+        budget,
+        [] if lengths is None else lengths,
+        max_live=max_live,
+        growth=growth,
+        max_context=context,
+    )
+
+
+async def enter(shared: Admission, n_prompt: int) -> Allowance | None:
+    """``None`` if it has to wait."""
+    task = asyncio.create_task(shared.enter(n_prompt))
+    await asyncio.sleep(0)
+    if task.done():
+        return task.result()
+    task.cancel()
+    await asyncio.wait([task])
+    return None
+
+
+async def n_live(shared: Admission, n_prompt: int = 10) -> int:
+    n = 0
+    while await enter(shared, n_prompt) is not None:
+        n += 1
+    return n
+
+
+async def test_a_pool_with_room_for_all_grants_everything_at_once() -> None:
+    shared = admission(16 * 4, block=16, max_live=2, growth=20)
+    one = await shared.enter(10)
+    assert (one.granted, one.most) == (2, 2)
+    assert await shared.room(one, 10) == 22
+    assert await n_live(shared) == 1  # with that, as many as max_live allows
+
+
+async def test_the_bound_is_what_counts_until_lengths_are_known() -> None:
+    assert await n_live(admission(330, lengths=[5] * 7)) == 3
+    # 16 each, and the first one's 94 that it may still ask for.
+    assert await n_live(admission(330, lengths=[5] * 8)) == (330 - 94) // 16
+
+
+async def test_nine_in_ten_fit_their_first_grant() -> None:
+    lengths = [*range(1, 11)]
+    assert admission(10**3, lengths=lengths).expected_growth == 9
+    random.Random(1).shuffle(lengths)
+    assert admission(10**3, lengths=lengths).expected_growth == 9
+
+
+async def test_one_is_live_however_small_the_pool() -> None:
+    shared = admission(5)
+    one = await shared.enter(10)
+    assert await shared.room(one, 10) == 100
+    assert await enter(shared, 1) is None
+    shared.leave(one)
+    assert await enter(shared, 1) is not None
+
+
+async def test_the_context_bounds_what_is_set_aside() -> None:
+    one = await admission(10**4, context=50).enter(10)
+    assert one.most == 50
+
+
+async def test_who_needs_more_waits_until_another_ends() -> None:
+    # Three of 31, the first of them with 79 more to come.
+    shared = admission(3 * 31 + 79, lengths=[20] * 8)
+    old, young, _ = [await shared.enter(10) for _ in range(3)]
+    assert await shared.room(young, 30) == 1
+    asking = asyncio.create_task(shared.room(young, 31))
+    newcomer = asyncio.create_task(shared.enter(1))
+    await asyncio.sleep(0)
+    # The longest live gets all it may want.
+    assert await shared.room(old, 31) == 64
+    assert await shared.room(old, 95) == 15
+    await asyncio.sleep(0)
+    assert not asking.done()
+    assert not newcomer.done()
+    shared.leave(old)
+    assert await asking == 64
+    assert (await newcomer).granted > 0
+
+
+async def test_a_cancelled_entrance_is_no_longer_in_line() -> None:
+    shared = admission(110)
+    one = await shared.enter(10)
+    first, second = asyncio.create_task(shared.enter(10)), asyncio.create_task(shared.enter(10))
+    await asyncio.sleep(0)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    shared.leave(one)
+    assert (await second).granted == 110
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    block=st.sampled_from([1, 4, 16]),
+    pool_blocks=st.integers(4, 60),
+    sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 80)), max_size=25),
+    known=st.lists(st.integers(1, 80), max_size=12),
+    seed=st.integers(0, 99),
+)
+def test_any_lengths_in_any_order_fit_and_all_end(block, pool_blocks, sizes, known, seed) -> None:
+    """Prompts and responses of any length, grown in random steps: the pool is never exceeded."""
+    pool = pool_blocks * block
+    shared = admission(pool, lengths=known, block=block, growth=80)
+    rng = random.Random(seed)
+    held: dict[int, int] = {}
+
+    async def one(number: int, n_prompt: int, n_response: int) -> None:
+        allowance = await shared.enter(n_prompt)
+        n = n_prompt
+        while n < n_prompt + n_response:
+            room = await shared.room(allowance, n)
+            n = min(n + rng.randint(1, room), n_prompt + n_response)
+            held[number] = n
+            blocks = sum(-(-tokens // block) for tokens in held.values())
+            assert blocks <= pool_blocks or len(held) == 1
+            await asyncio.sleep(0)
+        del held[number]
+        shared.leave(allowance, n)
+
+    async def main() -> None:
+        async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+            for number, (n_prompt, n_response) in enumerate(sizes):
+                tasks.create_task(one(number, n_prompt, n_response))
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("block", [1, 8])
+async def test_a_scheduler_never_overfills_a_small_pool(tokenizers, fake_sandbox, block) -> None:
+    # Beyond its budget this engine raises, which would show as ENGINE_FAILURE.
+    rng = random.Random(3)
+    texts = ["x" * rng.randrange(60) + CALL * rng.randrange(3) for _ in range(40)]
+    tokenizer = tokenizers.bytes
+    scripts = {
+        (100 + i,): [Script((*tokenizer.encode(text).ids, EOS))] for i, text in enumerate(texts)
+    }
+    engine = ScriptedEngine(scripts, max_context=200, kv_tokens=400, block_tokens=block)
+    scheduler = RolloutScheduler(
+        engine,
+        fake_sandbox(lambda _: ExecutionResult(Status.OK, "1\n")),
+        PythonTool(tokenizer),
+        encode=ObservationEncoder(tokenizer),
+        limits=RolloutLimits(max_response_tokens=190),
+        sampling=SamplingParams(),
+        eos_token_ids=frozenset({EOS}),
+    )
+    groups = await scheduler.run([Prompt((100 + i,)) for i in range(40)])
+    ended = [g.trajectories[0] for g in groups]
+    assert {t.stop_reason for t in ended} == {StopReason.EOS}
+    # What was sampled does not depend on where calls were cut.
+    for text, trajectory in zip(texts, ended, strict=True):
+        sampled = [t for t, m in zip(trajectory.token_ids, trajectory.loss_mask, strict=True) if m]
+        assert sampled == [*tokenizer.encode(text).ids, EOS]
+    assert engine.kv_budget.live_tokens == 0
+
+
+async def test_a_call_that_ran_out_of_room_goes_on(tokenizers, fake_sandbox) -> None:
+    """The grant of 10 more tokens ends in the middle of a block, twice."""
+    tokenizer = tokenizers.bytes
+    script = Script((*tokenizer.encode("so\n```py\nprint(1)\n```").ids, EOS))
+    asked: list[int] = []
+
+    async def room(n_tokens: int) -> int:
+        asked.append(n_tokens)
+        return 10
+
+    trajectory = await run_episode(
+        ScriptedEngine({(5,): [script]}),
+        fake_sandbox(),
+        PythonTool(tokenizer),
+        (5,),
+        RolloutLimits(),
+        encode=ObservationEncoder(tokenizer),
+        sampling=SamplingParams(),
+        eos_token_ids=frozenset({EOS}),
+        session="s",
+        room=room,
+    )
+    assert trajectory.stop_reason is StopReason.EOS
+    assert [call.code for call in trajectory.tool_calls] == ["print(1)\n"]
+    assert asked[:3] == [1, 11, 21]
+    assert trajectory.metrics["resume_prefill_tokens"] < 40
+    assert trajectory.metrics["room_s"] >= 0
