@@ -88,7 +88,7 @@ def fused_linear_grpo(
         weight,
         bias,
         targets,
-        list(selection.to(hidden.device)),
+        list(plan.on(hidden.device, selection)),
         old_logp,
         ref_logp,
         temperature,

@@ -70,7 +70,7 @@ def logits_grpo(
     loss, logp, entropy, metrics, *_ = _logits_grpo_op(
         logits if logits.stride(1) == 1 else logits.contiguous(),
         targets,
-        list(selection.to(logits.device)),
+        list(plan.on(logits.device, selection)),
         old_logp,
         ref_logp,
         temperature,

@@ -14,17 +14,21 @@ _SUMS = ("tokens", "loss", "policy_loss", "nll", "kl_loss")
 
 
 class Metrics:
-    """Of one call. ``wait`` gives the numbers; until then nothing on the host waits."""
+    """Of one call. ``wait`` gives the numbers; until then nothing on the host waits.
+
+    Of a call that a CUDA graph holds, ``wait`` gives those of the last replay.
+    """
 
     def __init__(self, sums: torch.Tensor, plan: Plan) -> None:
         self._plan = plan
         self._copied: torch.cuda.Event | None = None
-        if sums.is_cuda:
+        if sums.is_cuda and not torch.cuda.is_current_stream_capturing():
             self._sums = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
             self._sums.copy_(sums, non_blocking=True)
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
         else:
+            # A captured call leaves them on the device: nobody can wait for a captured event.
             self._sums = sums
 
     def wait(self) -> dict[str, float]:

@@ -70,9 +70,9 @@ class Selection(NamedTuple):
 
     def to(self, device: torch.device) -> Selection:
         """A copy there; the host does not wait."""
-        if device.type != "cuda":
-            return self
-        return Selection(*(part.pin_memory().to(device, non_blocking=True) for part in self))
+        if device.type == "cuda":
+            return Selection(*(part.pin_memory().to(device, non_blocking=True) for part in self))
+        return Selection(*(part.to(device) for part in self))
 
     def only(self, asked: torch.Tensor) -> Selection:
         """The same rows, without weight where ``asked`` [N] is false."""
@@ -91,7 +91,10 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Made by :func:`make_plan`; on the CPU."""
+    """Made by :func:`make_plan`; on the CPU, with copies where calls have needed its rows.
+
+    So a second call with it copies nothing to the device: a CUDA graph may hold the call.
+    """
 
     tokens: int
     """T."""
@@ -105,6 +108,19 @@ class Plan:
     drop_zero_adv: bool
     selections: dict[tuple[bool, bool], Selection] = field(default_factory=dict, repr=False)
     """Those that were asked for."""
+    copies: dict[tuple[int, str], tuple[Selection, Selection]] = field(
+        default_factory=dict, repr=False
+    )
+    """By identity of one of the above, which is kept beside its copy, and device."""
+
+    def on(self, device: torch.device, selection: Selection) -> Selection:
+        """One of this plan's selections there; the first call copies it, and waits for nothing."""
+        if device.type == "cpu":
+            return selection
+        key = (id(selection), str(device))
+        if key not in self.copies:
+            self.copies[key] = (selection, selection.to(device))
+        return self.copies[key][1]
 
     def select(self, spec: LossSpec, *, depends_on_advantage: bool = True) -> Selection:
         """The rows that a loss of this kind has to read, and no others.

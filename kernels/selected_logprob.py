@@ -96,7 +96,7 @@ def selected_logprob(
     if plan is None:
         rows = torch.arange(hidden.shape[0], device=hidden.device)
     else:
-        rows = plan.trainable.to(hidden.device).rows
+        rows = plan.on(hidden.device, plan.trainable).rows
     with torch.no_grad():
         logp: torch.Tensor = _selected_logprob_op(
             hidden,

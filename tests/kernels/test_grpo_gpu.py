@@ -238,15 +238,19 @@ def test_the_module_waits_for_nothing():
     assert found.metrics.wait()["step/tokens"] > 0
 
 
-def test_captured_in_a_cuda_graph():
-    """The kernels, forward and backward; a plan's rows are part of what is captured."""
-    case = make_case(SHAPES[0], torch.bfloat16)
+@pytest.mark.parametrize("op", ["logits", "head"])
+@pytest.mark.parametrize("name", ["thor", "gspo", "kl and entropy"])
+def test_captured_in_a_cuda_graph(op, name):
+    """Forward and backward; a plan's rows are part of what is captured, metrics are of a replay."""
+    case, spec = make_case(SHAPES[0], torch.bfloat16), SPECS[name]
     logits = (case.hidden @ case.weight.t()).detach().float().requires_grad_()
+    changed = logits if op == "logits" else case.hidden
+    rows = (case.targets, case.plan, case.old_logp, case.ref_logp)
 
-    def step() -> tuple[torch.Tensor, torch.Tensor]:
-        found = logits_grpo(logits, case.targets, case.plan, case.old_logp)
-        (gradient,) = torch.autograd.grad(found.loss, [logits])
-        return found.loss.detach(), gradient
+    def step() -> tuple[Any, torch.Tensor]:
+        found = logits_grpo(logits, *rows, spec=spec) if op == "logits" else case.fused(spec)
+        (gradient,) = torch.autograd.grad(found.loss, [changed])
+        return found, gradient
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -256,13 +260,15 @@ def test_captured_in_a_cuda_graph():
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = step()
+        captured, gradient = step()
     with torch.no_grad():
-        logits.mul_(1.1)
+        changed.mul_(1.1)
     graph.replay()
     torch.cuda.synchronize()
-    for a, b in zip(captured, step(), strict=True):
-        assert torch.equal(a, b)
+    again, expected = step()
+    assert torch.equal(captured.loss, again.loss)
+    assert torch.equal(gradient, expected)
+    assert captured.metrics.wait() == again.metrics.wait()
 
 
 def test_rows_beyond_two_to_the_31():
