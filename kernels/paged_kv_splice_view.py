@@ -6,8 +6,9 @@ key, DV of a value). ``slot = block * BS + offset``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -21,7 +22,7 @@ class KVView:
     """Keys [NB, BS, H, DK] and values [NB, BS, H, DV] of each layer; it keeps them alive.
 
     Strides are whatever they are, but 1 in the last dimension and the same in every layer. Made by
-    :meth:`stacked`, :meth:`pools`, :meth:`packed` or :meth:`vllm`.
+    :meth:`stacked`, :meth:`pools`, :meth:`packed_layers` or :meth:`vllm`.
 
     Raises:
         ValueError: shapes, strides, dtypes or devices do not fit; the message says which.
@@ -31,8 +32,9 @@ class KVView:
     values: tuple[torch.Tensor, ...]
     whole_blocks: bool = False
     """What is inside a block is unknown: only copies of whole blocks are right."""
-    pointers: torch.Tensor = field(init=False, repr=False)
-    """[2, L] int64 on the cache's device: addresses of the keys, and of the values."""
+    table: torch.Tensor = field(init=False, repr=False)
+    """[2, 3 + L] int64 on the cache's device, of keys and of values: strides of a block, a token
+    and a head in numbers, then the layers' addresses."""
 
     def __post_init__(self) -> None:
         if not self.keys or len(self.keys) != len(self.values):
@@ -53,9 +55,17 @@ class KVView:
                 f"values are {value.dtype} on {value.device}, expected {key.dtype} on "
                 f"{key.device} like keys"
             )
-        addresses = [[t.data_ptr() for t in kind] for kind in (self.keys, self.values)]
-        table = torch.tensor(addresses, dtype=torch.int64).to(key.device)
-        object.__setattr__(self, "pointers", table)
+        if self.blocks * self.block_size >= 2**31:
+            raise ValueError(
+                f"there are {self.blocks} blocks of {self.block_size} tokens, expected below 2^31 "
+                "tokens: a slot's number has 32 bits"
+            )
+        rows = [
+            [*kind[0].stride()[:3], *(t.data_ptr() for t in kind)]
+            for kind in (self.keys, self.values)
+        ]
+        table = torch.tensor(rows, dtype=torch.int64).to(key.device)
+        object.__setattr__(self, "table", table)
 
     @property
     def layers(self) -> int:
@@ -73,6 +83,35 @@ class KVView:
         return self.keys[0].shape[1]
 
     @property
+    def heads(self) -> int:
+        """H."""
+        return self.keys[0].shape[2]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """DK and DV."""
+        return self.keys[0].shape[3], self.values[0].shape[3]
+
+    @property
+    def packed(self) -> bool:
+        """Whether a head's value lies right behind its key, in every layer."""
+        behind = self.keys[0].element_size() * self.widths[0]
+        return self.keys[0].stride() == self.values[0].stride() and all(
+            v.data_ptr() == k.data_ptr() + behind
+            for k, v in zip(self.keys, self.values, strict=True)
+        )
+
+    @property
+    def alignment(self) -> int:
+        """Bytes, at most 16, that divide every address and stride."""
+        size = self.keys[0].element_size()
+        numbers = [16]
+        for kind in (self.keys, self.values):
+            numbers += [*(size * stride for stride in kind[0].stride()[:3])]
+            numbers += [t.data_ptr() for t in kind]
+        return math.gcd(*numbers)
+
+    @property
     def device(self) -> torch.device:
         """Where the cache is."""
         return self.keys[0].device
@@ -85,8 +124,7 @@ class KVView:
     @property
     def bytes_per_token(self) -> int:
         """Of all layers, keys and values."""
-        per_layer = sum(t[0, 0].numel() * t.element_size() for t in (self.keys[0], self.values[0]))
-        return self.layers * per_layer
+        return self.layers * self.heads * sum(self.widths) * self.keys[0].element_size()
 
     def shares_memory(self, other: KVView) -> bool:
         """Whether any allocation holds parts of both."""
@@ -111,6 +149,37 @@ class KVView:
     ) -> KVView:
         """Of keys and values apart: [L, NB, BS, H, D] tensors, or one [NB, BS, H, D] per layer."""
         return cls(tuple(keys), tuple(values))
+
+    @classmethod
+    def packed_layers(cls, layers: Sequence[torch.Tensor], head_width: int) -> KVView:
+        """Of one tensor [NB, H, BS, 2 D] per layer, each head's key and value side by side.
+
+        The logical shape of vLLM >= 0.32; in which physical order the dimensions of all layers lie
+        (LBHNC, LBNHC, LHBNC, BLHNC, BLNHC or BHLNC) is in the strides.
+        """
+        for layer, tensor in enumerate(layers):
+            if tensor.ndim != 4 or tensor.shape[3] != 2 * head_width:
+                raise ValueError(
+                    f"layer {layer} has shape {tuple(tensor.shape)}, expected "
+                    f"(NB, H, BS, {2 * head_width}): a key and a value of {head_width} per head"
+                )
+        tokens_first = [tensor.transpose(1, 2) for tensor in layers]
+        return cls(
+            tuple(t[..., :head_width] for t in tokens_first),
+            tuple(t[..., head_width:] for t in tokens_first),
+        )
+
+    @classmethod
+    def vllm(cls, kv_caches: Sequence[torch.Tensor], head_width: int) -> KVView:
+        """Of a vLLM runner's ``kv_caches`` (0.32 and 0.33), those of one KV cache group.
+
+        A block here is one of theirs as attention sees it: where a manager's block is several of
+        them (``kernel_blocks_per_block``), multiply its number. On CPU vLLM keeps keys transposed
+        inside a block, differently by instruction set: such a view can only copy whole blocks.
+        Caches of another form (MLA's latents, states of linear attention) are refused.
+        """
+        view = cls.packed_layers(kv_caches, head_width)
+        return replace(view, whole_blocks=view.device.type == "cpu")
 
 
 def _check_alike(name: str, tensors: Sequence[torch.Tensor]) -> None:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,6 +30,8 @@ from thor_fast.kernels.hierarchical_grpo_triton import (
     logit_gradients_kernel,
     row_sums_kernel,
 )
+from thor_fast.kernels.paged_kv_splice_triton import NUM_WARPS as SPLICE_WARPS
+from thor_fast.kernels.paged_kv_splice_triton import splice_kernel, tile_rows
 
 ARCHITECTURES = (80, 90, 100)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -58,16 +61,31 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class SpliceVariant:
+    """One specialisation of the splice."""
+
+    kernel: str
+    numbers: str  # dtype of the cache
+    layout: str  # packed: a head's value lies behind its key; pools: elsewhere
+    width: int  # of a head
+    turned: int  # how much of a key; 0: a plain copy
+    interleaved: bool
+    alone: bool  # a plan that overlaps itself
+    aligned: bool  # 16 bytes divide every stride and address
+
+
+@dataclass(frozen=True)
 class Code:
     """What ptxas made of it; widths in bits."""
 
     arch: int
-    variant: Variant
+    variant: Variant | SpliceVariant
     registers: int
     spilled_bytes: int
     shared_bytes: int
     widest_load: int
     widest_store: int
+    narrowest_store: int
 
 
 def variants() -> Iterator[Variant]:
@@ -125,7 +143,57 @@ def compile_variant(variant: Variant, arch: int) -> Code:
     return _read(compiled.asm["cubin"], variant, arch)
 
 
-def _read(cubin: bytes, variant: Variant, arch: int) -> Code:
+def splice_variants() -> Iterator[SpliceVariant]:
+    """Plain and turned, over itself and not, in both layouts; heads of 128 and of 64."""
+    for turned in (0, 128):
+        for layout, alone in (("packed", False), ("pools", False), ("pools", True)):
+            yield SpliceVariant("splice", "bf16", layout, 128, turned, False, alone, aligned=True)
+    yield SpliceVariant("splice", "bf16", "packed", 128, 128, True, False, aligned=True)
+    yield SpliceVariant("splice", "fp32", "pools", 128, 128, False, False, aligned=True)
+    yield SpliceVariant("splice", "fp16", "packed", 64, 32, False, False, aligned=True)
+    yield SpliceVariant("splice", "bf16", "packed", 64, 64, False, False, aligned=False)
+
+
+def compile_splice(variant: SpliceVariant, arch: int) -> Code:
+    """As the launcher would, for eight heads."""
+    size = 4 if variant.numbers == "fp32" else 2
+    packed = variant.layout == "packed"
+    row = variant.width * (2 if packed else 1)
+    constants = {
+        "numbers": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[variant.numbers],
+        "unit": 16 // size if variant.aligned else 1,
+        "heads": 1 if variant.alone else 8,
+        "kinds": 1 if packed else 2,
+        "key_width": row,
+        "value_width": variant.width,
+        "turned": variant.turned,
+        "interleaved": variant.interleaved,
+        "alone": variant.alone,
+        "tile": tile_rows(row, size, variant.turned),
+    }
+    pointers = {"rotations_ptr": "*fp32", "target_ptr": "*i64", "source_ptr": "*i64"}
+    names = splice_kernel.arg_names
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else pointers.get(name, "*i32" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+    # Sizes of blocks and counts of layers need not be multiples of anything.
+    sixteen = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in signature.items()
+        if kind.startswith("*")
+    }
+    compiled = triton.compile(
+        ASTSource(splice_kernel, signature, constants, sixteen),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": SPLICE_WARPS},
+    )
+    return _read(compiled.asm["cubin"], variant, arch)
+
+
+def _read(cubin: bytes, variant: Variant | SpliceVariant, arch: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -150,24 +218,28 @@ def _read(cubin: bytes, variant: Variant, arch: int) -> Code:
         registers=numbers["REG"],
         spilled_bytes=max(numbers["STACK"] + numbers["LOCAL"], local),
         shared_bytes=numbers["SHARED"],
-        widest_load=_widest("LDG", code),
-        widest_store=_widest("STG", code),
+        widest_load=max(_widths("LDG", code)),
+        widest_store=max(_widths("STG", code)),
+        narrowest_store=min(_widths("STG", code)),
     )
 
 
-def _widest(instruction: str, code: str) -> int:
+def _widths(instruction: str, code: str) -> list[int]:
     found = re.findall(rf"\b{instruction}\.E([.\w]*)", code)
     if not found:
         raise ValueError(f"the machine code has no {instruction}, expected one at least")
-    return max(int(m[1]) if (m := re.search(r"\.(64|128|256)\b", rest)) else 32 for rest in found)
+    widths = (re.search(r"\.(?:[US])?(8|16|64|128|256)\b", rest) for rest in found)
+    return [int(m[1]) if m else 32 for m in widths]
 
 
 def table(codes: list[Code]) -> str:
-    """One line for each."""
+    """One line for each kernel of the loss."""
     head = f"{'kernel':<16}{'logits':<12}{'out':<6}{'options':<9}{'16 | V':<8}{'sm':>4}"
     lines = [f"{head}{'regs':>6}{'spilled':>9}{'shared':>8}{'load':>6}{'store':>7}"]
     for code in codes:
         v = code.variant
+        if isinstance(v, SpliceVariant):
+            continue
         logits, options = v.logits + " given" * v.given, "all" if v.options else "none"
         lines.append(
             f"{v.kernel:<16}{logits:<12}{v.out or '-':<6}{options:<9}"
@@ -175,6 +247,25 @@ def table(codes: list[Code]) -> str:
             f"{code.spilled_bytes:>9}{code.shared_bytes:>8}{code.widest_load:>6}"
             f"{code.widest_store:>7}"
         )
+    return "\n".join(lines)
+
+
+def splice_table(codes: list[Code]) -> str:
+    """One line for each of the splice."""
+    head = (
+        f"{'splice':<8}{'layout':<8}{'D':>4}{'turned':>8}{'pairs':>12}{'overlaps':>10}{'16 B':>6}"
+    )
+    lines = [head + f"{'sm':>5}{'regs':>6}{'spilled':>9}{'shared':>8}{'load':>6}{'stores':>9}"]
+    for code in codes:
+        v = code.variant
+        if isinstance(v, SpliceVariant):
+            pairs = ("neighbours" if v.interleaved else "halves") if v.turned else "-"
+            lines.append(
+                f"{v.numbers:<8}{v.layout:<8}{v.width:>4}{v.turned:>8}{pairs:>12}"
+                f"{'yes' if v.alone else 'no':>10}{'yes' if v.aligned else 'no':>6}{code.arch:>5}"
+                f"{code.registers:>6}{code.spilled_bytes:>9}{code.shared_bytes:>8}"
+                f"{code.widest_load:>6}{f'{code.narrowest_store}-{code.widest_store}':>9}"
+            )
     return "\n".join(lines)
 
 
@@ -186,7 +277,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     architectures = ARCHITECTURES if options.arch is None else (options.arch,)
     codes = [compile_variant(v, arch) for arch in architectures for v in variants()]
-    print(table(codes))
+    codes += [compile_splice(v, arch) for arch in architectures for v in splice_variants()]
+    print(table(codes) + "\n\n" + splice_table(codes))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(code) for code in codes]))
     return 0

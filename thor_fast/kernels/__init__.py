@@ -18,8 +18,17 @@ from thor_fast.kernels.hierarchical_grpo_reference import (
 from thor_fast.kernels.hierarchical_grpo_spec import KL, LossSpec
 from thor_fast.kernels.hierarchical_grpo_tokens import register_loss
 from thor_fast.kernels.paged_kv_splice import splice
-from thor_fast.kernels.paged_kv_splice_builders import plan_append, plan_fork
+from thor_fast.kernels.paged_kv_splice_builders import (
+    approx_plan_drop,
+    plan_append,
+    plan_compact,
+    plan_fork,
+    plan_move,
+    plan_truncate,
+)
+from thor_fast.kernels.paged_kv_splice_moves import MoveCounts
 from thor_fast.kernels.paged_kv_splice_plan import SplicePlan
+from thor_fast.kernels.paged_kv_splice_rotation import Rope
 from thor_fast.kernels.paged_kv_splice_view import KVView
 from thor_fast.kernels.selected_logprob import IGNORED_TARGET, selected_logprob
 
@@ -32,15 +41,21 @@ __all__ = [
     "LossOutput",
     "LossSpec",
     "Metrics",
+    "MoveCounts",
     "Plan",
+    "Rope",
     "SplicePlan",
+    "approx_plan_drop",
     "fused_linear_grpo",
     "linear_grpo_reference",
     "logits_grpo",
     "logits_grpo_reference",
     "make_plan",
     "plan_append",
+    "plan_compact",
     "plan_fork",
+    "plan_move",
+    "plan_truncate",
     "register_loss",
     "selected_logprob",
     "splice",
