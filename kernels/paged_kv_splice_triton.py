@@ -178,15 +178,16 @@ INTERPRETED = isinstance(splice_kernel, InterpretedFunction)
 """True where ``TRITON_INTERPRET=1`` was set at import: kernels run on CPU tensors, slowly."""
 
 
-def tile_rows(width: int, size: int, turned: int) -> int:
+def tile_rows(width: int, size: int, turned: int, alignment: int) -> int:
     """Rows of ``width`` numbers of ``size`` bytes that a program copies at once, a power of two.
 
-    What is turned of them (R = ``turned``, or 0) is held in float32: there are fewer then.
+    What is turned of them (R = ``turned``, or 0) is held in float32: there are fewer then. Fewer
+    too where the alignment in bytes makes loads narrow: the number of loads stays.
     """
-    rows = TILE_BYTES // (triton.next_power_of_2(width) * size)
+    rows: int = TILE_BYTES // (triton.next_power_of_2(width) * size)
     if turned:
         rows = min(rows, TURNED_NUMBERS // triton.next_power_of_2(turned))
-    return max(1, rows)
+    return max(1, rows * alignment // 16)
 
 
 def splice_triton(view: KVView, plan: SplicePlan, source: KVView, *, alone: bool) -> None:
@@ -206,6 +207,7 @@ def splice_triton(view: KVView, plan: SplicePlan, source: KVView, *, alone: bool
     key_width, value_width = view.widths
     widest = key_width + value_width if one else max(view.widths)
     size = view.keys[0].element_size()
+    alignment = min(view.alignment, source.alignment)
     heads = 1 if alone else view.heads
     grid = (len(lanes) - 1, view.layers, (1 if one else 2) * view.heads // heads)
     splice_kernel[grid](
@@ -220,7 +222,7 @@ def splice_triton(view: KVView, plan: SplicePlan, source: KVView, *, alone: bool
         view.layers,
         len(plan.rope.frequencies) if plan.rope is not None else 1,
         _TYPES[view.dtype],
-        min(view.alignment, source.alignment) // size,
+        alignment // size,
         heads,
         1 if one else 2,
         key_width + value_width if one else key_width,
@@ -228,7 +230,7 @@ def splice_triton(view: KVView, plan: SplicePlan, source: KVView, *, alone: bool
         turned,
         plan.rope.interleaved if plan.rope is not None else False,
         alone,
-        tile_rows(widest, size, turned),
+        tile_rows(widest, size, turned, alignment),
         num_warps=NUM_WARPS,
     )
 

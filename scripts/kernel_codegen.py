@@ -169,7 +169,7 @@ def compile_splice(variant: SpliceVariant, arch: int) -> Code:
         "turned": variant.turned,
         "interleaved": variant.interleaved,
         "alone": variant.alone,
-        "tile": tile_rows(row, size, variant.turned),
+        "tile": tile_rows(row, size, variant.turned, 16 if variant.aligned else size),
     }
     pointers = {"rotations_ptr": "*fp32", "target_ptr": "*i64", "source_ptr": "*i64"}
     names = splice_kernel.arg_names

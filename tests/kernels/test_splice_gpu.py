@@ -20,12 +20,17 @@ pytestmark = [
 
 BLOCKS, BLOCK_SIZE = 64, 16
 EVERY = range(BLOCKS)
-# Widths that vectors divide, and one that they do not.
-WIDTHS = [128, 64, 80, 6]
+# Each is a specialisation to compile. Widths that vectors divide, and one that they do not.
+NUMBERS = [
+    (128, torch.bfloat16),
+    (80, torch.bfloat16),
+    (6, torch.float16),
+    (64, torch.float32),
+]
 
 
 def caches(layout: str, width: int, dtype: torch.dtype) -> tuple[Cache, Cache]:
-    shape = (3, BLOCKS, BLOCK_SIZE, 4, width)
+    shape = (2, BLOCKS, BLOCK_SIZE, 4, width)
     one, other = (make_cache(layout, shape, dtype, device="cuda") for _ in range(2))
     return one, other
 
@@ -34,8 +39,7 @@ def rope(width: int, *, interleaved: bool = False) -> Rope:
     return Rope((tuple(1e4 ** -(np.arange(width // 2) / (width / 2))),), interleaved=interleaved)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "dtype"), NUMBERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_movement_is_byte_exact(layout, width, dtype):
     triton, twin = caches(layout, width, dtype)
@@ -48,31 +52,29 @@ def test_movement_is_byte_exact(layout, width, dtype):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("layout", ["stacked", "LBNHC", "BLHNC", "slices"])
-def test_turned_keys_are_the_twins_to_rounding(layout, width, interleaved):
-    for dtype, rtol in ((torch.bfloat16, 2.0**-7), (torch.float32, 1e-6)):
-        for turned in {width, 2 * (width // 4)} - {0}:
-            turns = rope(turned, interleaved=interleaved)
-            triton, twin = caches(layout, width, dtype)
-            into = [*[9] * 5, *range(20, 30)]
-            plan = plan_move(
-                range(10), 3, 155, 83, BLOCK_SIZE, rope=turns, writable=EVERY, into=into
-            )
-            splice(triton.view, plan, impl="triton")
-            splice(twin.view, plan, impl="reference")
-            # A product that is fused with a sum is rounded once less: at most one unit apart.
-            torch.testing.assert_close(triton.read(), twin.read(), rtol=rtol, atol=1e-5)
-            assert torch.equal(triton.read()[:, 1], twin.read()[:, 1])
+@pytest.mark.parametrize(("width", "dtype"), NUMBERS)
+@pytest.mark.parametrize("layout", ["stacked", "BLHNC"])
+def test_turned_keys_are_the_twins_to_rounding(layout, width, dtype, interleaved):
+    into = [*[9] * 5, *range(20, 30)]
+    for turned in (width, 2 * (width // 4)):
+        turns = rope(turned, interleaved=interleaved)
+        triton, twin = caches(layout, width, dtype)
+        plan = plan_move(range(10), 3, 155, 83, BLOCK_SIZE, rope=turns, writable=EVERY, into=into)
+        splice(triton.view, plan, impl="triton")
+        splice(twin.view, plan, impl="reference")
+        # A product that is fused with a sum is rounded once less: at most one unit apart.
+        rtol = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(triton.read(), twin.read(), rtol=rtol, atol=1e-5)
+        assert torch.equal(triton.read()[:, 1], twin.read()[:, 1])
 
 
 @pytest.mark.parametrize("shift", [-1, -5, -16, -33])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["pools", "LBNHC", "BHLNC"])
 def test_a_move_over_itself_is_no_race(layout, shift):
-    """Every lane reads what it is about to overwrite; repeated, since a race is a matter of luck."""
+    """Every lane reads what it is about to overwrite; repeated, since races depend on luck."""
     blocks = np.random.default_rng(0).permutation(BLOCKS)
     turns = rope(64)
-    for _ in range(10):
+    for _ in range(5):
         triton, twin = caches(layout, 128, torch.bfloat16)
         plan = plan_move(
             blocks, 40, BLOCKS * BLOCK_SIZE, shift, BLOCK_SIZE, rope=turns, writable=EVERY
@@ -97,7 +99,7 @@ def test_keys_are_turned_where_they_are():
 
 def test_appending_from_another_cache():
     triton, twin = caches("BHLNC", 64, torch.bfloat16)
-    dense = torch.randn(3, 2, 37, 4, 64, device="cuda").bfloat16()
+    dense = torch.randn(2, 2, 37, 4, 64, device="cuda").bfloat16()
     plan = plan_append([4, 0, 2], 5, 35, BLOCK_SIZE, writable=EVERY, source_tokens=37)
     for cache, impl in ((triton, "triton"), (twin, "reference")):
         splice(cache.view, plan, source=KVView.stacked(dense[:, :, None]), impl=impl)
