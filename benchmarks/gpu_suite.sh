@@ -6,8 +6,8 @@
 #
 #   benchmarks/gpu_suite.sh [DIRECTORY]
 #
-# DIRECTORY, by default a new one, gets gpu_tests.log, gpu_tests.xml, loss_kernels.jsonl and its
-# plot. PYTHON names another interpreter than python3. THOR_COMMIT: the commit, where this is a copy
+# DIRECTORY, by default a new one, gets gpu_tests.log, gpu_tests.xml, loss_logits.jsonl,
+# loss_kernels.jsonl and their plots. PYTHON names another interpreter than python3. THOR_COMMIT: the commit, where this is a copy
 # without history.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -64,7 +64,10 @@ timeout 200 "$python" -P -m pytest -c "$scratch/pytest.ini" --rootdir "$PWD" -m 
 
 echo '=== loss benchmark'
 bench=0
-timeout 200 "$python" benchmarks/loss_kernels.py \
+timeout 40 "$python" benchmarks/loss_kernels.py --logits \
+  --device cuda --rounds 3 --tokens 8192 \
+  --output "$results/loss_logits.jsonl" || bench=$?
+timeout 160 "$python" benchmarks/loss_kernels.py \
   --device cuda --rounds 3 --hidden 4096 --tokens 8192 --tokens 32768 \
   --output "$results/loss_kernels.jsonl" || bench=$?
 

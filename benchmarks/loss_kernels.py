@@ -6,6 +6,9 @@ every round, in turns, after the floors: the 2 or 3 GEMMs of the rows that are r
 gradient can do without (2: below a frozen head). Ratios are taken within a round; medians over the
 rounds are reported. A star marks another loss than ours (plain cross-entropy, PPO's clip alone).
 
+``--logits`` measures the case of callers that hold logits instead: ours reads them twice and writes
+the gradient once, and the floor is a copy of them.
+
 Logits are made to be like a language model's, targets are sampled from them; the record says how
 sharp they came out. On a CPU everything is tiny: that checks this program and measures nothing.
 """
@@ -14,15 +17,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from command_line import OneLineParser, count
 from gpu_state import gpu_state
+from loss_given import given_table, run_given
 from loss_measure import check, floors, measure
-from loss_peers.registry import FROZEN, NAMES, OURS, Backend, describe, open_backends
+from loss_peers.registry import FROZEN, GIVEN, NAMES, OURS, Backend, describe, open_backends
 from loss_plot import plot
 from loss_problem import SCENARIOS, Problem, Shape, make_problem
 from loss_results import Outcome, Run, details_table, record, summary_table
@@ -95,6 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--vocab", type=count, help="V")
     add("--scenario", choices=SCENARIOS, action="append", help="may be repeated; default: all")
     add("--backend", choices=NAMES, action="append", help="may be repeated; default: all")
+    add("--logits", action="store_true", help="losses of given logits, not of a head")
     add("--rounds", type=count, default=5, help="default: 5")
     add("--device", choices=("cuda", "cpu"), help="default: cuda where torch sees a GPU")
     add("--quick", action="store_true", help="one round of the smallest problems: does it work")
@@ -115,6 +121,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def shapes_of(args: argparse.Namespace) -> list[Shape]:
     """All combinations of what was asked for, defaults in the place of the rest."""
     tokens, hidden, vocab = _SIZES[args.device]
+    if args.logits:  # of one head, whichever: larger ones of them would not fit a GPU
+        tokens, hidden = tokens[:2], hidden[:1]
     if args.quick:
         tokens, hidden = tokens[:1], hidden[:1]
     sizes = product(args.scenario or SCENARIOS, args.hidden or hidden, args.tokens or tokens)
@@ -123,14 +131,16 @@ def shapes_of(args: argparse.Namespace) -> list[Shape]:
 
 def run(args: argparse.Namespace) -> int:
     """Everything the command line asks for; 1 if ours was wrong anywhere."""
-    names = [n for n in NAMES if args.backend is None or n in (*args.backend, OURS)]
-    ours = [name for name in names if name in (OURS, FROZEN)]
+    known = tuple(GIVEN) if args.logits else NAMES
+    names = [n for n in known if args.backend is None or n in (*args.backend, OURS)]
     device = torch.device(args.device)
     rounds = 1 if args.quick else args.rounds
     before = gpu_state()
-    announce(device, before, names)
-    runs = {s.key: run_one(s, names, rounds, device) for s in shapes_of(args)}
-    metrics = record(runs)
+    announce(device, before, {name: describe(name, logits=args.logits) for name in names})
+    if args.logits:
+        metrics = {f"logits {s.key}": run_given(s, names, rounds, device) for s in shapes_of(args)}
+    else:
+        metrics = record({s.key: run_one(s, names, rounds, device) for s in shapes_of(args)})
     params = {
         "device": args.device,
         "rounds": rounds,
@@ -138,24 +148,34 @@ def run(args: argparse.Namespace) -> int:
         "cuda": torch.version.cuda,
         "gpu_before": before,
         "gpu_after": gpu_state(),
-        "absent": {name: why for run in runs.values() for name, why in run.absent.items()},
+        "absent": {name: why for one in metrics.values() for name, why in one["absent"].items()},
     }
     append_record(args.output, "loss_kernels", params, metrics)
     title = f"torch {torch.__version__}, {before['name'] if before else 'CPU: no figures to quote'}"
-    print(plot(args.output.with_suffix(".png"), metrics, title) + "\n")
+    floor = "a copy's rate" if args.logits else "the GEMMs' rate"
+    print(plot(args.output.with_suffix(".png"), metrics, title, floor) + "\n")
+    show(metrics, args.logits)
+    ours = [one["backends"][n] for one in metrics.values() for n in (OURS, FROZEN) if n in names]
+    return int(any(summary["problem"] for summary in ours))
+
+
+def show(metrics: Mapping[str, Any], logits: bool) -> None:
+    """The tables, the one that matters most last."""
+    if logits:
+        print_table(*given_table(metrics))
+        return
     print_table(*details_table(metrics))
     print(f"\nOurs in ms and share of the floor; others in times of {OURS}, * is another loss:\n")
     print_table(*summary_table(metrics))
-    return int(any(r.outcomes[name].problem for r in runs.values() for name in ours))
 
 
-def announce(device: torch.device, gpu: dict[str, str] | None, names: Sequence[str]) -> None:
+def announce(device: torch.device, gpu: dict[str, str] | None, backends: Mapping[str, str]) -> None:
     """Say what will run on what, before it does."""
     print(f"torch {torch.__version__} on {device}; GPU: {gpu}")
     if device.type == "cpu":
         print("on a CPU this checks the program; its times are no figures to quote")
-    for name in names:
-        print(f"{name}: {describe(name)}")
+    for name, description in backends.items():
+        print(f"{name}: {description}")
     sys.stdout.flush()
 
 

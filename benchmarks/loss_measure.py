@@ -12,7 +12,7 @@ from loss_problem import Problem
 from loss_truth import Truth, errors_of
 from report import first_line
 
-__all__ = ["Measurement", "check", "floors", "measure"]
+__all__ = ["TOLERANCE", "Measurement", "check", "floors", "measure", "timed"]
 
 _LEAST_S = 0.05
 _MOST_CALLS = 20
@@ -57,13 +57,13 @@ def _forget(problem: Problem) -> None:
 
 
 def measure(backend: Backend, problem: Problem) -> Measurement:
-    """The mean of as many calls as fill a twentieth of a second, and one call's memory."""
+    """Forward and backward."""
 
     def step() -> None:
         backend.run().backward()
         _forget(problem)
 
-    return _timed(step, problem.hidden.device)
+    return timed(step, problem.hidden.device)
 
 
 def floors(problem: Problem) -> dict[int, Callable[[], Measurement]]:
@@ -87,10 +87,11 @@ def floors(problem: Problem) -> dict[int, Callable[[], Measurement]]:
             if count == 3:
                 torch.mm(chances[:n].t(), rows, out=by_weight)
 
-    return {count: lambda c=count: _timed(lambda: products(c), device) for count in (2, 3)}
+    return {count: lambda c=count: timed(lambda: products(c), device) for count in (2, 3)}
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> Measurement:
+def timed(step: Callable[[], object], device: torch.device) -> Measurement:
+    """The mean of as many calls as fill a twentieth of a second, and one call's memory."""
     if device.type != "cuda":
         seconds = _seconds_on_cpu(step, 1)
         return Measurement(_seconds_on_cpu(step, _calls(seconds)), None)
@@ -106,14 +107,14 @@ def _calls(seconds: float) -> int:
     return max(1, min(_MOST_CALLS, round(_LEAST_S / max(seconds, 1e-9))))
 
 
-def _seconds_on_cpu(step: Callable[[], None], calls: int) -> float:
+def _seconds_on_cpu(step: Callable[[], object], calls: int) -> float:
     started = time.perf_counter()
     for _ in range(calls):
         step()
     return (time.perf_counter() - started) / calls
 
 
-def _seconds_on_cuda(step: Callable[[], None], calls: int) -> float:
+def _seconds_on_cuda(step: Callable[[], object], calls: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(calls):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bars import NO_MATPLOTLIB, figure_of, group, save
 from sandbox_peers.registry import BASELINE, NAMES
 
 __all__ = ["plot"]
@@ -20,21 +20,16 @@ def _label(name: str) -> str:
 
 def plot(path: Path, metrics: Mapping[str, Mapping[str, Any]], title: str) -> str:
     """Write a PNG; what to tell the user about it. Needs matplotlib, which is optional."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return "no plot: matplotlib is not installed (pip install matplotlib)"
     names = [name for name in next(iter(metrics.values())) if name != BASELINE]
     keys = list(metrics)
-    figure = Figure(figsize=(1.5 + 1.3 * len(keys), 4.5), layout="constrained")
+    figure = figure_of(1.5 + 1.3 * len(keys), 4.5)
+    if figure is None:
+        return NO_MATPLOTLIB
     axes = figure.subplots()
-    width = 0.8 / max(1, len(names))
-    for i, name in enumerate(names):
-        places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(keys))]
-        # Who fails fast is not fast: no bar.
-        runs = [metrics[key][name] for key in keys]
-        speeds = [math.nan if run["wrong"] else run["ratio"] for run in runs]
-        bars = axes.bar(places, speeds, width, label=_label(name))
+    runs = {_label(name): [metrics[key][name] for key in keys] for name in names}
+    # Who fails fast is not fast: no bar.
+    speeds = {n: [None if r["wrong"] else r["ratio"] for r in rs] for n, rs in runs.items()}
+    for bars in group(axes, speeds):
         axes.bar_label(bars, fmt="%.1f", fontsize=7)
     axes.set_yscale("log")
     axes.axhline(1.0, color="black", linewidth=0.8)
@@ -43,6 +38,4 @@ def plot(path: Path, metrics: Mapping[str, Mapping[str, Any]], title: str) -> st
     axes.set_title(title, fontsize=9)
     if names:
         axes.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    return f"plot: {path}"
+    return save(figure, path)

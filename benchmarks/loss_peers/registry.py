@@ -12,7 +12,7 @@ from loss_truth import Kind
 
 from loss_peers.unsupported import Unsupported
 
-__all__ = ["FROZEN", "NAMES", "OURS", "Backend", "open_backends"]
+__all__ = ["FROZEN", "GIVEN", "NAMES", "OURS", "Backend", "open_backends"]
 
 OURS = "thor_fast"
 FROZEN = "thor_fast-frozen"
@@ -30,6 +30,13 @@ _MODULES = {
     "cce": "cce",
 }
 NAMES = tuple(_MODULES)
+GIVEN = {
+    OURS: "given_thor_fast",
+    "naive": "given_naive",
+    "trl": "given_trl",
+    "liger-grpo": "given_liger",
+}
+"""Files of those that take logits, by name; their ``make`` gets these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +48,9 @@ class Backend:
     run: Callable[[], torch.Tensor]
 
 
-def describe(name: str) -> str:
-    """The first line of its file, and its loss."""
-    module = importlib.import_module(f"loss_peers.{_MODULES[name]}")
+def describe(name: str, *, logits: bool = False) -> str:
+    """The first line of its file, and its loss; ``logits``: of the case where these are given."""
+    module = importlib.import_module(f"loss_peers.{(GIVEN if logits else _MODULES)[name]}")
     summary = (module.__doc__ or "").splitlines()[0]
     return f"{summary} [{module.KIND.value}]"
 

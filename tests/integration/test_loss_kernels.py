@@ -80,6 +80,31 @@ def check_problem(key: str, one: dict[str, Any]) -> None:
     assert one["backends"]["thor_fast"]["times_ours"] == 1.0
 
 
+def test_logits_that_the_caller_holds(tmp_path: Path) -> None:
+    output = tmp_path / "r.jsonl"
+    done = run("--logits", "--quick", "--device", "cpu", "--output", str(output))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    found = json.loads(output.read_text())
+    assert list(found["metrics"]) == [
+        f"logits {scenario} T=64 H=32 V=509" for scenario in ("dense", "episodes", "steps")
+    ]
+    for one in found["metrics"].values():
+        assert one["floors"]["copy"]["bytes_per_s"] > 0
+        assert {"thor_fast", "naive"} <= set(one["backends"])
+        assert set(one["backends"]) | set(one["absent"]) == {
+            "thor_fast",
+            "naive",
+            "trl",
+            "liger-grpo",
+        }
+        for summary in one["backends"].values():
+            assert summary["problem"] == ""
+            assert max(summary["errors"].values()) < 1e-4
+            assert summary["share_of_floor"] > 0
+    assert "of a copy" in done.stdout
+
+
 def test_the_plot_lies_next_to_the_record(tmp_path: Path) -> None:
     output = tmp_path / "r.jsonl"
     done = run("--quick", "--scenario", "steps", "--backend", "naive", "--output", str(output))
@@ -96,7 +121,7 @@ def test_the_options_are_these_and_no_more() -> None:
     done = run("--help")
     assert done.returncode == 0
     assert set(re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)) == {
-        *("--backend", "--device", "--hidden", "--output", "--quick"),
+        *("--backend", "--device", "--hidden", "--logits", "--output", "--quick"),
         *("--rounds", "--scenario", "--tokens", "--vocab"),
     }
     for name in BACKENDS:
