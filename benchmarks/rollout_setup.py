@@ -1,4 +1,4 @@
-"""What both modes of the rollout benchmark run on: engine, sandbox, tokenizer, limits."""
+"""What all modes of the rollout benchmark run on: engine, sandbox, tokenizer, limits."""
 
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
         raise ConfigError(f"--model: no model at {str(path)!r}, expected a folder with config.json")
     if args.engine == "vllm":
         vllm_engine = _vllm_engine()
+    if args.engine == "scripted" and args.kv_tokens is not None:
+        raise ConfigError("--kv-tokens: the scripted engine has no pool, expected paged or vllm")
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -80,17 +82,17 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
 
         engine = scripted_engine(tokenizer, tasks, prompts, encode, seed=args.seed, **sizes)
     elif args.engine == "vllm":
-        engine = vllm_engine.from_pretrained(path, **sizes)
+        engine = vllm_engine.from_pretrained(path, **sizes, **_vllm_pool(args.kv_tokens))
     else:
         import torch
 
         from thor_fast.engines.paged import PagedEngine
 
         device = "cuda" if torch.cuda.is_available() else None
-        # A core for the event loop and the snippets: on 2 cores both modes are 1.4 times slower
+        # A core for the event loop and the snippets: on 2 cores all modes are 1.4 times slower
         # where torch takes both (its threads spin while the sandbox's processes want to run).
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
-        engine = PagedEngine.from_pretrained(path, device=device, **sizes)
+        engine = PagedEngine.from_pretrained(path, device=device, kv_tokens=args.kv_tokens, **sizes)
     return Setup(
         engine=engine,
         sandbox=_sandbox(args.sandbox),
@@ -112,6 +114,16 @@ def _vllm_engine() -> Any:
         return importlib.import_module("thor_fast.engines.vllm").VLLMEngine
     except ImportError as error:
         raise ConfigError(f"--engine vllm: {error}, expected thor_fast with its engine") from error
+
+
+def _vllm_pool(kv_tokens: int | None) -> dict[str, int]:
+    if kv_tokens is None:
+        return {}
+    # The smallest blocks that vLLM has on a GPU and on a CPU; it keeps one block for itself.
+    import torch
+
+    block = 16 if torch.cuda.is_available() else 32
+    return {"block_size": block, "num_gpu_blocks_override": kv_tokens // block + 1}
 
 
 def _sandbox(name: str) -> Sandbox:

@@ -1,12 +1,17 @@
-r"""The main job: episodes per second with a barrier after each round, and without.
+r"""The main job: tokens per second of our rollouts, and of others, in one run.
 
-Both modes roll out the same prompts with the same seeds on the same engine and sandbox, in turns:
+All modes roll out the same prompts with the same seeds on the same engine and sandbox, in turns:
 
 - ``barrier``: as THOR's official code does it, see ``barrier_rollout.py``;
-- ``async``: ``thor_fast.rollout.RolloutScheduler``, each trajectory on its own.
+- ``resubmit``: tokens in, tokens out, on an engine with a prefix cache, see ``resubmit_engine.py``;
+- ``ours``: ``thor_fast.rollout.RolloutScheduler``;
+- ``free``: ours, with tools that cost nothing: recorded results, replayed at once.
+
+``--kv-tokens`` makes the KV pool small: take a third of what ``ours`` holds at the most without it.
 
 By default a tiny policy solves arithmetic by writing Python, on the CPU. ``--engine scripted``
-replays worked solutions instead, 5 ms per token whatever the load: a rollout without a model.
+replays worked solutions instead, 5 ms per token whatever the load: a rollout without a model, and
+without ``resubmit``, for want of a cache.
 ``--sandbox subprocess`` is UNSAFE for any model but the tiny policy.
 """
 
@@ -16,147 +21,38 @@ import argparse
 import asyncio
 import statistics
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from barrier_rollout import barrier_rollout, changed_tokens
 from command_line import OneLineParser, count
-from metering import Meter, MeteredEngine, MeteredSandbox
-from report import Update, append_record, first_line, print_table, progress
+from report import append_record, first_line, print_table, progress
+from rollout_modes import MODES, Result, Rollouts
 from rollout_setup import Setup, build
 
-from thor_fast.engines.base import SamplingParams
-from thor_fast.errors import ThorError
-from thor_fast.rewards import MathAnswerReward
-from thor_fast.rewards.math_answer import answers_match, last_boxed
-from thor_fast.rollout.renderer import Renderer
-from thor_fast.rollout.scheduler import Prompt, RolloutScheduler, trajectory_seed
-from thor_fast.rollout.splice import ObservationEncoder
+from thor_fast.errors import ConfigError, ThorError
 from thor_fast.synthetic import TEST_SEED, Task, task_set
-from thor_fast.tools.python_tool import PythonTool
-from thor_fast.tools.token_text import TokenBytes
 
-MODES = ("barrier", "async")
 RESULTS = Path(__file__).parent / "results" / "rollout_throughput.jsonl"
-# THOR's RL setting.
-SAMPLING = SamplingParams(temperature=1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One run of one mode; see :class:`metering.Meter` for the tool seconds."""
-
-    wall_s: float
-    episodes: int
-    correct: int
-    sampled_tokens: int
-    changed_tokens: int
-    engine_calls: int
-    prefill_tokens: int | None
-    tool_calls: int
-    tool_s: float
-    tools_hidden_s: float
-    tools_exposed_s: float
-
-
-async def run_barrier(setup: Setup, tasks: Sequence[Task], update: Update) -> Result:
-    """All episodes in rounds, text in between."""
-    meter = Meter()
-    tokens = TokenBytes(setup.tokenizer)
-    prompts = [
-        (setup.prompt(task), trajectory_seed(setup.seed, i, 0)) for i, task in enumerate(tasks)
-    ]
-    started = time.perf_counter()
-    episodes = await barrier_rollout(
-        MeteredEngine(setup.engine, meter),
-        MeteredSandbox(setup.sandbox, meter),
-        prompts,
-        setup.limits,
-        encode=setup.encode,
-        tokens=tokens,
-        sampling=SAMPLING,
-        eos_token_ids=setup.eos_token_ids,
-        progress=update,
-    )
-    wall_s = time.perf_counter() - started
-    correct = 0
-    for task, episode in zip(tasks, episodes, strict=True):
-        answer = last_boxed(episode.said)
-        correct += answer is not None and answers_match(answer, task.answer)
-    changed = sum(changed_tokens(setup.encode, tokens, e) for e in episodes)
-    return _result(meter, wall_s, len(episodes), correct, changed)
-
-
-async def run_async(setup: Setup, tasks: Sequence[Task], update: Update) -> Result:
-    """All episodes on their own, tokens in between."""
-    meter = Meter()
-    render = Renderer(setup.tokenizer)
-    scheduler = RolloutScheduler(
-        MeteredEngine(setup.engine, meter),
-        MeteredSandbox(setup.sandbox, meter),
-        PythonTool(setup.tokenizer),
-        encode=ObservationEncoder(setup.tokenizer),
-        limits=setup.limits,
-        sampling=SamplingParams(temperature=SAMPLING.temperature, seed=setup.seed),
-        eos_token_ids=setup.eos_token_ids,
-        progress=lambda _, done, total: update(done, total),
-    )
-    prompts = [Prompt(tuple(setup.encode(setup.prompt(task)))) for task in tasks]
-    started = time.perf_counter()
-    groups = await scheduler.run(prompts)
-    wall_s = time.perf_counter() - started
-    trajectories = [group.trajectories[0] for group in groups]
-    failed = [t for t in trajectories if t.stop_reason is None or t.stop_reason.is_infrastructure]
-    if failed:
-        raise ThorError(f"{len(failed)} of {len(tasks)} episodes failed: {failed[0].error}")
-    reward = MathAnswerReward(render)
-    correct = sum(
-        reward(trajectory, task.answer) == 1.0
-        for trajectory, task in zip(trajectories, tasks, strict=True)
-    )
-    # What the engine sampled, by its own record, against what stands in the trajectory.
-    final = {str(i): trajectory.token_ids for i, trajectory in enumerate(trajectories)}
-    changed = sum(
-        final[session.split("/")[-2]][position] != token_id
-        for session, sampled in meter.sampled.items()
-        for position, token_id in sampled
-    )
-    return _result(meter, wall_s, len(tasks), correct, changed)
-
-
-def _result(meter: Meter, wall_s: float, episodes: int, correct: int, changed: int) -> Result:
-    return Result(
-        wall_s=wall_s,
-        episodes=episodes,
-        correct=correct,
-        sampled_tokens=meter.sampled_tokens,
-        changed_tokens=changed,
-        engine_calls=meter.engine_calls,
-        prefill_tokens=meter.prefill_tokens,
-        tool_calls=meter.tool_calls,
-        tool_s=meter.tool_s,
-        tools_hidden_s=meter.tools_hidden_s,
-        tools_exposed_s=meter.tools_exposed_s,
-    )
 
 
 async def measure(
     setup: Setup, tasks: Sequence[Task], modes: Sequence[str], repeats: int
 ) -> dict[str, list[Result]]:
     """Each mode ``repeats`` times, in turns, the order swapped each time; one short run before."""
-    runners = {"barrier": run_barrier, "async": run_async}
+    rollouts = Rollouts(setup)
     results: dict[str, list[Result]] = {mode: [] for mode in modes}
     try:
         for mode in modes:
-            await runners[mode](setup, tasks[:8], lambda done, total: None)
+            await rollouts.run(mode, tasks[:8], lambda done, total: None)
+        if "free" in modes:  # what it replays
+            await rollouts.run("ours", tasks, lambda done, total: None)
         for repeat in range(repeats):
             for mode in modes if repeat % 2 == 0 else reversed(modes):
-                with progress(f"{mode:7} {repeat + 1}/{repeats}") as update:
-                    results[mode].append(await runners[mode](setup, tasks, update))
+                with progress(f"{mode:8} {repeat + 1}/{repeats}") as update:
+                    results[mode].append(await rollouts.run(mode, tasks, update))
     finally:
         await setup.engine.aclose()
     return results
@@ -165,12 +61,13 @@ async def measure(
 def table(results: dict[str, list[Result]]) -> list[list[str]]:
     """One row per metric, one column per mode: medians over the repeats."""
 
-    def row(name: str, form: str, value: Any) -> list[str]:
+    def row(name: str, form: str, value: Callable[[Result], float | None]) -> list[str]:
         cells = [name]
         for runs in results.values():
-            values = [value(run) for run in runs]
-            known = None not in values
-            cells.append(format(statistics.median(values), form) if known else "unknown")
+            values = [known for run in runs if (known := value(run)) is not None]
+            cells.append(
+                format(statistics.median(values), form) if len(values) == len(runs) else "unknown"
+            )
         return cells
 
     rows = [
@@ -178,31 +75,37 @@ def table(results: dict[str, list[Result]]) -> list[list[str]]:
         row("tokens/s, sampled", ".0f", lambda r: r.sampled_tokens / r.wall_s),
         row("episodes/s", ".2f", lambda r: r.episodes / r.wall_s),
         row("accuracy", ".3f", lambda r: r.correct / r.episodes),
-        row("tool calls", ".0f", lambda r: r.tool_calls),
+        row("tool calls that ran", ".0f", lambda r: r.tool_calls),
         row("tool time, s, added up", ".3f", lambda r: r.tool_s),
-        row("  hidden, wall s", ".3f", lambda r: r.tools_hidden_s),
-        row("  exposed, wall s", ".3f", lambda r: r.tools_exposed_s),
+        row("  hidden, of wall time", ".1%", lambda r: r.tools_hidden_s / r.wall_s),
+        row("  exposed, of wall time", ".1%", lambda r: r.tools_exposed_s / r.wall_s),
         row("engine calls per episode", ".2f", lambda r: r.engine_calls / r.episodes),
         row(
             "prefill tokens per call",
             ".1f",
             lambda r: None if r.prefill_tokens is None else r.prefill_tokens / r.engine_calls,
         ),
+        row("  new text + 1 token", ".1f", lambda r: r.least_prefill_tokens / r.engine_calls),
+        row("calls whose KV was gone", ".0f", lambda r: r.calls_evicted),
+        row("evictions and preemptions", ".0f", lambda r: r.evictions),
+        row("most KV tokens held at once", ".0f", lambda r: r.most_live_tokens),
         row(
-            "tokens changed by re-tokenising",
-            ".3%",
-            lambda r: r.changed_tokens / r.sampled_tokens,
+            "tokens changed by re-tokenising", ".3%", lambda r: r.changed_tokens / r.sampled_tokens
         ),
     ]
-    if set(results) == set(MODES):
-        rows.append(["speed", "1.00 x", f"{statistics.median(ratios(results)):.2f} x"])
+    if len(results) > 1:
+        for base in results:
+            ratios = [f"{ratio(results, mode, base):.2f} x" for mode in results]
+            rows.append([f"tokens/s, of {base}", *ratios])
     return rows
 
 
-def ratios(results: dict[str, list[Result]]) -> list[float]:
-    """Barrier's wall time over async's, per repeat."""
-    pairs = zip(results["barrier"], results["async"], strict=True)
-    return [barrier.wall_s / ours.wall_s for barrier, ours in pairs]
+def ratio(results: dict[str, list[Result]], mode: str, base: str) -> float:
+    """A mode's tokens/s over another's, repeat by repeat; the median."""
+    pairs = zip(results[mode], results[base], strict=True)
+    return statistics.median(
+        (a.sampled_tokens / a.wall_s) / (b.sampled_tokens / b.wall_s) for a, b in pairs
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -217,12 +120,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--engine", choices=("paged", "vllm", "scripted"), default="paged")
     add("--model", type=Path, help="folder of a Hugging Face model; default: the tiny policy")
     add("--sandbox", choices=("native", "subprocess"), default="native")
-    add("--mode", choices=MODES, help="default: both, in turns")
+    add("--mode", choices=MODES, help="default: all that the engine can do, in turns")
     add("--episodes", type=count, default=256, help="one task each; default: 256")
     add("--repeats", type=count, default=3, help="runs of each mode; default: 3")
     add("--seed", type=int, default=0, help="of the sampling noise; default: 0")
     add("--max-sequences", type=count, default=64, help="live at a time; default: 64")
     add("--max-context", type=count, default=512, help="tokens per sequence; default: 512")
+    add("--kv-tokens", type=count, help="the KV pool; default: room for every live sequence")
     add("--output", type=Path, default=RESULTS, help="JSON lines; default: benchmarks/results/")
     return parser.parse_args(argv)
 
@@ -231,13 +135,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     args = parse(argv)
     modes = MODES if args.mode is None else (args.mode,)
+    if args.mode is None and args.engine == "scripted":
+        modes = tuple(mode for mode in MODES if mode != "resubmit")
     tasks = task_set(args.episodes, TEST_SEED)
     print(
         f"{args.episodes} episodes, {args.engine} engine, {args.sandbox} sandbox, "
-        f"at most {args.max_sequences} live; {' and '.join(modes)}, {args.repeats} times",
+        f"at most {args.max_sequences} live; {', '.join(modes)}; {args.repeats} times",
         flush=True,
     )
     try:
+        if args.mode == "resubmit" and args.engine == "scripted":
+            raise ConfigError("--mode resubmit: the scripted engine has no prefix cache")
         setup = build(args, tasks)
         with cast(AbstractContextManager[object], setup.sandbox):
             results = asyncio.run(measure(setup, tasks, modes, args.repeats))
