@@ -35,29 +35,33 @@ def record(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_default_engine_and_sandbox_in_both_modes(tmp_path: Path) -> None:
+def test_default_engine_and_sandbox_in_all_modes(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "results.jsonl"
     done = run("--episodes", "12", "--repeats", "2", "--output", str(output))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     lines = done.stdout.splitlines()
-    for progress in ("barrier 1/2: 12 episodes in", "async   2/2: 12 episodes in"):
+    for progress in ("barrier  1/2: 12 episodes in", "ours     2/2: 12 episodes in"):
         assert any(line.startswith(progress) for line in lines)
-    header = next(i for i, line in enumerate(lines) if line.split() == ["barrier", "async"])
+    modes = ["barrier", "resubmit", "ours", "free"]
+    header = next(i for i, line in enumerate(lines) if line.split() == modes)
     names = [line.split("  ")[0] for line in lines[header + 2 :] if not line.startswith(" ")]
-    # The table is the last thing printed, and its last row the ratio.
+    # The table is the last thing printed, and its last rows the ratios.
     assert names == [
         "wall time, s",
         "tokens/s, sampled",
         "episodes/s",
         "accuracy",
-        "tool calls",
+        "tool calls that ran",
         "tool time, s, added up",
         "engine calls per episode",
         "prefill tokens per call",
+        "calls whose KV was gone",
+        "evictions and preemptions",
+        "most KV tokens held at once",
         "tokens changed by re-tokenising",
-        "speed",
+        *(f"tokens/s, of {mode}" for mode in modes),
     ]
     found = record(output)
     assert found["schema_version"] == 1
@@ -65,15 +69,36 @@ def test_default_engine_and_sandbox_in_both_modes(tmp_path: Path) -> None:
     assert {"time", "commit", "dirty", "host", "versions"} < set(found)
     assert {"python", "torch", "transformers", "thor_fast"} <= set(found["versions"])
     assert found["params"]["episodes"] == 12
-    for barrier, ours in zip(found["metrics"]["barrier"], found["metrics"]["async"], strict=True):
+    metrics = found["metrics"]
+    for barrier, ours in zip(metrics["barrier"], metrics["ours"], strict=True):
         assert ours["changed_tokens"] == 0
+        # The observation and one token more, and nothing of it twice.
+        assert ours["prefill_tokens"] <= ours["least_prefill_tokens"]
+        assert ours["calls_evicted"] == ours["evictions"] == 0
         assert barrier["tools_hidden_s"] == 0
         # An opening fence ends a call there, so a block costs two.
         assert barrier["engine_calls"] == 12 + 2 * barrier["tool_calls"]
         assert ours["engine_calls"] == 12 + ours["tool_calls"]
-        assert 2 * ours["prefill_tokens"] < barrier["prefill_tokens"]
+        assert ours["prefill_tokens"] < barrier["prefill_tokens"]
         # Seeds, prompts and noise are the same, and this tokenizer's samples survive as text.
         assert ours["correct"] == barrier["correct"] > 0
+    for resubmit, free in zip(metrics["resubmit"], metrics["free"], strict=True):
+        assert resubmit["prefill_tokens"] > resubmit["least_prefill_tokens"]
+        assert resubmit["correct"] == free["correct"] > 0
+        assert free["tool_calls"] == 0
+
+
+def test_a_small_pool_evicts_nothing_of_ours(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    done = run(
+        *("--mode", "ours", "--episodes", "16", "--repeats", "1", "--kv-tokens", "640"),
+        *("--max-context", "256", "--output", str(output)),
+    )
+    assert done.returncode == 0, done.stderr
+    (ours,) = record(output)["metrics"]["ours"]
+    assert ours["evictions"] == ours["calls_evicted"] == 0
+    assert ours["most_live_tokens"] <= 640
+    assert ours["prefill_tokens"] <= ours["least_prefill_tokens"]
 
 
 def test_scripted_engine_is_exact_and_asked_less_often_without_the_barrier(tmp_path: Path) -> None:
@@ -83,7 +108,8 @@ def test_scripted_engine_is_exact_and_asked_less_often_without_the_barrier(tmp_p
     )
     assert done.returncode == 0, done.stderr
     metrics = record(output)["metrics"]
-    barrier, ours = metrics["barrier"][0], metrics["async"][0]
+    assert list(metrics) == ["barrier", "ours", "free"]
+    barrier, ours = metrics["barrier"][0], metrics["ours"][0]
     assert barrier["tool_calls"] == ours["tool_calls"]
     assert barrier["correct"] == ours["correct"]
     assert barrier["sampled_tokens"] == ours["sampled_tokens"]
@@ -93,13 +119,13 @@ def test_scripted_engine_is_exact_and_asked_less_often_without_the_barrier(tmp_p
 def test_one_mode_and_the_subprocess_sandbox(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     done = run(
-        *("--engine", "scripted", "--mode", "async", "--sandbox", "subprocess"),
+        *("--engine", "scripted", "--mode", "ours", "--sandbox", "subprocess"),
         *("--episodes", "6", "--repeats", "1", "--output", str(output)),
     )
     assert done.returncode == 0, done.stderr
     assert "barrier" not in done.stdout.replace("0 barrier", "")
-    assert "speed" not in done.stdout
-    assert list(record(output)["metrics"]) == ["async"]
+    assert "tokens/s, of" not in done.stdout
+    assert list(record(output)["metrics"]) == ["ours"]
 
 
 def test_the_options_are_these_and_no_more() -> None:
@@ -108,6 +134,7 @@ def test_the_options_are_these_and_no_more() -> None:
     assert set(re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)) == {
         "--engine",
         "--episodes",
+        "--kv-tokens",
         "--max-context",
         "--max-sequences",
         "--mode",
@@ -129,6 +156,8 @@ def test_the_options_are_these_and_no_more() -> None:
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--model", "/no/such/place"], "no model at '/no/such/place', expected a folder with"),
         (["--max-context", "100000"], "max_context is 100000, expected 2 to 512"),
+        (["--engine", "scripted", "--kv-tokens", "9"], "--kv-tokens: the scripted engine has no"),
+        (["--engine", "scripted", "--mode", "resubmit"], "--mode resubmit: the scripted engine"),
         (["--max-context", "4"], "--max-context is 4, expected more than the longest prompt"),
     ],
 )
@@ -177,7 +206,7 @@ def test_interrupt_ends_it_quietly(tmp_path: Path) -> None:
 
 def test_terminal_gets_a_bar(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    arguments = ("--engine", "scripted", "--mode", "async", "--episodes", "6", "--repeats", "1")
+    arguments = ("--engine", "scripted", "--mode", "ours", "--episodes", "6", "--repeats", "1")
     process = subprocess.Popen(
         command(*arguments, "--output", str(tmp_path / "r.jsonl")),
         stdout=theirs,

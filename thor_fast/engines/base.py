@@ -118,7 +118,8 @@ class Capabilities:
 class KVBudget:
     """How many sequences and tokens of KV the engine can hold at once, and what it holds now.
 
-    ``block_tokens``: a sequence takes up whole blocks of so many tokens.
+    ``max_sequences`` counts those that pause between two calls, too: an engine may hold more than
+    it runs at a time. ``block_tokens``: a sequence takes up whole blocks of so many tokens.
     """
 
     max_sequences: int
