@@ -35,6 +35,10 @@ class KVView:
     table: torch.Tensor = field(init=False, repr=False)
     """[2, 3 + L] int64 on the cache's device, of keys and of values: strides of a block, a token
     and a head in numbers, then the layers' addresses."""
+    packed: bool = field(init=False)
+    """A head's value lies right behind its key, in every layer."""
+    alignment: int = field(init=False)
+    """Bytes, at most 16, that divide every address and stride."""
 
     def __post_init__(self) -> None:
         if not self.keys or len(self.keys) != len(self.values):
@@ -66,6 +70,12 @@ class KVView:
         ]
         table = torch.tensor(rows, dtype=torch.int64).to(key.device)
         object.__setattr__(self, "table", table)
+        size = key.element_size()
+        behind = [a + size * self.widths[0] for a in rows[0][3:]] == rows[1][3:]
+        object.__setattr__(self, "packed", behind and rows[0][:3] == rows[1][:3])
+        strides = [size * stride for row in rows for stride in row[:3]]
+        addresses = [address for row in rows for address in row[3:]]
+        object.__setattr__(self, "alignment", math.gcd(16, *strides, *addresses))
 
     @property
     def layers(self) -> int:
@@ -91,25 +101,6 @@ class KVView:
     def widths(self) -> tuple[int, int]:
         """DK and DV."""
         return self.keys[0].shape[3], self.values[0].shape[3]
-
-    @property
-    def packed(self) -> bool:
-        """Whether a head's value lies right behind its key, in every layer."""
-        behind = self.keys[0].element_size() * self.widths[0]
-        return self.keys[0].stride() == self.values[0].stride() and all(
-            v.data_ptr() == k.data_ptr() + behind
-            for k, v in zip(self.keys, self.values, strict=True)
-        )
-
-    @property
-    def alignment(self) -> int:
-        """Bytes, at most 16, that divide every address and stride."""
-        size = self.keys[0].element_size()
-        numbers = [16]
-        for kind in (self.keys, self.values):
-            numbers += [*(size * stride for stride in kind[0].stride()[:3])]
-            numbers += [t.data_ptr() for t in kind]
-        return math.gcd(*numbers)
 
     @property
     def device(self) -> torch.device:
