@@ -1,22 +1,23 @@
 """vLLM as the engine: its in-process ``AsyncLLM``, token ids in and token ids out.
 
-Every ``generate`` call is one vLLM request over the whole context. vLLM's prefix cache makes that
+Every ``generate`` call is a vLLM request over the whole context. vLLM's prefix cache makes that
 cheap: what is computed again is the tail of the context that does not fill a cache block, and what
-is new. So a session here is only a name and a length; there is nothing in vLLM to fork or truncate,
-and both are bookkeeping that the next request makes true.
+is new. So a session here is only a name and a length; forking and truncating are bookkeeping that
+the next request makes true. With ``splice_kv`` a session also names the KV it stands on, which
+:mod:`thor_fast.engines.vllm_connector` holds inside vLLM: then nothing is computed twice.
 
-The loop sees tokens one step late and drops what ran past a closing fence; closing the stream
-aborts the vLLM request, which frees its blocks. vLLM is imported when an engine is built.
+At a token of ``pause_token_ids`` vLLM stops by itself and the stream waits: if the loop asks for
+more, the call goes on in another vLLM request. A fence closed by other tokens is seen one step
+late; the loop drops what ran past it, and closing the stream aborts the vLLM request, which frees
+its blocks. vLLM is imported when an engine is built.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import itertools
 import math
-import struct
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,19 @@ from thor_fast.engines.base import (
     FinishReason,
     GenerateRequest,
     KVBudget,
-    SamplingParams,
     TokenChunk,
     check_context,
     check_model_folder,
     check_position,
 )
-from thor_fast.engines.vllm_start import import_vllm, saved_dtype, start
+from thor_fast.engines.vllm_calls import (
+    PinNames,
+    finish_reason,
+    logprobs,
+    next_output,
+    parameters,
+)
+from thor_fast.engines.vllm_start import saved_dtype, splicing, start
 from thor_fast.errors import EngineError
 
 if TYPE_CHECKING:
@@ -51,12 +58,13 @@ _SHUTDOWN_S = 60
 class _Session:
     """``length``: tokens of the context and samples so far. ``request_id``: the call in flight.
 
-    ``ended``: why a call in flight was ended from outside.
+    ``ended``: why a call in flight was ended from outside. ``pin``: where the connector has its KV.
     """
 
     length: int = 0
     request_id: str | None = None
     ended: str = ""
+    pin: str | None = None
 
 
 class VLLMEngine:
@@ -78,12 +86,22 @@ class VLLMEngine:
     - **Weights.** ``update_weights`` has vLLM read its model folder again, so save there first.
       Calls in flight go on under the new weights, from a prefill of all they have. Cached prefixes
       carry the version as vLLM's ``cache_salt``: old ones can never be hit again.
+    - **Fork, truncate.** Free either way. With ``splice_kv`` the next call computes only what is
+      new, from any token on; without, also what lies behind the last full block.
     - **Event loop.** vLLM ties itself to the event loop of the first call; use no other afterwards.
 
     Build it with :meth:`from_pretrained`.
     """
 
-    def __init__(self, llm: Any, *, max_sequences: int, max_context: int) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        *,
+        max_sequences: int,
+        max_context: int,
+        pause_token_ids: frozenset[int] = frozenset(),
+        splice_kv: bool = False,
+    ) -> None:
         cache = llm.vllm_config.cache_config
         # Block 0 is vLLM's placeholder and holds nobody's tokens.
         blocks = cache.num_gpu_blocks - 1
@@ -92,6 +110,8 @@ class VLLMEngine:
         self._vocab: int = llm.model_config.get_vocab_size()
         self._max_sequences, self._max_context = min(max_sequences, max(fitting, 1)), max_context
         self._max_tokens: int = blocks * cache.block_size
+        self._pause_token_ids, self._splice_kv = pause_token_ids, splice_kv
+        self._pins = PinNames()
         self._sessions: dict[str, _Session] = {}
         self._numbers = itertools.count()
         self._weight_version = 0
@@ -105,18 +125,23 @@ class VLLMEngine:
         max_sequences: int,
         max_context: int,
         dtype: torch.dtype | None = None,
+        pause_token_ids: frozenset[int] = frozenset(),
+        splice_kv: bool = False,
         **engine_args: Any,
     ) -> VLLMEngine:
         """Start vLLM on a local folder; ``dtype`` None takes the one it was saved in.
 
-        ``engine_args``: further fields of vLLM's ``AsyncEngineArgs``, such as
-        ``tensor_parallel_size`` or ``enforce_eager``. On a CPU the KV pool gets room for
-        ``max_sequences`` full contexts, unless ``kv_cache_memory_bytes`` or the environment's
-        ``VLLM_CPU_KVCACHE_SPACE`` says otherwise; on a GPU it is what vLLM takes.
+        ``pause_token_ids``: where vLLM is to wait for the loop, usually
+        :func:`~thor_fast.tools.closing_fence_tokens` of the tokenizer. ``splice_kv``: load the KV
+        connector (vLLM 0.32 or 0.33). ``engine_args``: further fields of vLLM's
+        ``AsyncEngineArgs``, such as ``tensor_parallel_size`` or ``enforce_eager``. On a CPU the
+        KV pool gets room for ``max_sequences`` full contexts, unless ``kv_cache_memory_bytes`` or
+        the environment's ``VLLM_CPU_KVCACHE_SPACE`` says otherwise; on a GPU it is what vLLM takes.
 
         Blocks for seconds to minutes and starts processes that import the caller's main module, so
         call it under ``if __name__ == "__main__"``. Raises ``EngineError`` where there is no model
-        at ``path``, vLLM is not installed, or it does not start.
+        at ``path``, vLLM is not installed, or it does not start; with ``splice_kv`` also for other
+        versions of vLLM, data parallelism and speculative decoding.
         """
         check_model_folder(path)
         if max_sequences < 1:
@@ -135,17 +160,26 @@ class VLLMEngine:
             "generation_config": "vllm",
             "disable_log_stats": True,
         }
+        if splice_kv:
+            ours["kv_transfer_config"] = splicing(engine_args)
         if taken := sorted(ours.keys() & engine_args.keys()):
             raise EngineError(f"engine_args sets {taken[0]}, expected none of {sorted(ours)}")
         # No local name for it: vLLM keeps frames of its start, and it would never be freed.
         return cls(
-            start({**ours, **engine_args}), max_sequences=max_sequences, max_context=max_context
+            start({**ours, **engine_args}),
+            max_sequences=max_sequences,
+            max_context=max_context,
+            pause_token_ids=pause_token_ids,
+            splice_kv=splice_kv,
         )
 
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            max_context=self._max_context, watch=False, native_fork=False, native_truncate=False
+            max_context=self._max_context,
+            watch=False,
+            native_fork=self._splice_kv,
+            native_truncate=self._splice_kv,
         )
 
     @property
@@ -170,31 +204,28 @@ class VLLMEngine:
         """
         self._check(request)
         session = self._open(request)
-        n_sampled = 0
+        context = list(request.token_ids)
         finish: FinishReason | None = None
         try:
-            async with contextlib.aclosing(self._submit(request, session)) as outputs:
-                while finish is None:
-                    output = await _next_output(outputs, session)
-                    completion = output.outputs[0]
-                    ids = tuple(completion.token_ids)
-                    logprobs = _logprobs(completion, request.session)
-                    n_sampled += len(ids)
-                    session.length += len(ids)
-                    finish = _finish(completion, request, n_sampled)
-                    cached = output.num_cached_tokens
-                    first = n_sampled == len(ids) and cached is not None
-                    prefill = len(request.token_ids) - cached if first else None
-                    yield TokenChunk(ids, logprobs, finish, prefill)
+            while finish is None:
+                async with contextlib.aclosing(self._submit(request, context, session)) as outputs:
+                    ended = False
+                    while not ended:
+                        output = await next_output(outputs, lambda: session.ended)
+                        chunk, ended = self._take(output, request, context, session)
+                        finish = chunk.finish
+                        yield chunk
         finally:
-            session.request_id = None
+            self._settle(session)
 
     async def fork(self, session: str, n: int, at_token: int) -> list[str]:
         self._known(session, at_token)
         if n < 1:
             raise EngineError(f"fork into {n} sessions, expected at least 1")
         names = [f"{session}/{next(self._numbers)}" for _ in range(n)]
-        self._sessions.update({name: _Session(at_token) for name in names})
+        pin = self._sessions[session].pin
+        for name in names:
+            self._sessions[name] = _Session(at_token, pin=self._pins.hold(pin))
         return names
 
     async def truncate(self, session: str, at_token: int) -> None:
@@ -207,6 +238,8 @@ class VLLMEngine:
         """Forget a session; a call in flight on it raises ``EngineError``."""
         known = self._sessions.pop(session, None)
         if known is not None:
+            self._pins.release(known.pin)
+            known.pin = None
             reason = f"session {session!r} was released while it was generating"
             await self._end(known, reason=reason)
 
@@ -224,6 +257,8 @@ class VLLMEngine:
         if self._closed:
             raise EngineError("the engine is closed")
         try:
+            if self._splice_kv:
+                await self._drop_pins()
             await self._llm.pause_generation(mode="keep", clear_cache=True)
             try:
                 await self._llm.collective_rpc("reload_weights")
@@ -270,29 +305,74 @@ class VLLMEngine:
         session = self._sessions.setdefault(request.session, _Session())
         if session.request_id is not None:
             raise EngineError(f"session {request.session!r} is generating, expected it idle")
-        session.request_id = f"{request.session}#{next(self._numbers)}"
+        # Of no request yet, but taken.
+        session.request_id = ""
         session.length = len(request.token_ids)
         return session
 
-    def _submit(self, request: GenerateRequest, session: _Session) -> AsyncGenerator[Any]:
-        vllm = import_vllm("vllm")
-        length = len(request.token_ids)
-        params = vllm.SamplingParams(
-            temperature=request.sampling.temperature,
-            seed=_call_seed(request.sampling, length),
-            max_tokens=min(request.max_tokens, self._max_context - length),
-            stop_token_ids=sorted(request.stop_token_ids),
-            ignore_eos=True,
-            logprobs=0,  # the sampled token's alone
-            detokenize=False,
-            output_kind=vllm.sampling_params.RequestOutputKind.DELTA,
+    def _submit(
+        self, request: GenerateRequest, context: list[int], session: _Session
+    ) -> AsyncGenerator[Any]:
+        """Ask vLLM to continue ``context``, as far as ``request`` goes."""
+        if session.ended:  # while it paused
+            raise EngineError(session.ended)
+        session.request_id = f"{request.session}#{next(self._numbers)}"
+        n_sampled = len(context) - len(request.token_ids)
+        kv = {"pin": session.request_id, "source": session.pin, "drop": self._pins.take_unused()}
+        params = parameters(
+            request,
+            len(context),
+            min(request.max_tokens - n_sampled, self._max_context - len(context)),
+            self._pause_token_ids,
+            kv if self._splice_kv else None,
         )
-        prompt = {
-            "prompt_token_ids": list(request.token_ids),
-            "cache_salt": f"w{self._weight_version}",
-        }
+        # A copy: vLLM keeps the list it is given.
+        prompt = {"prompt_token_ids": list(context), "cache_salt": f"w{self._weight_version}"}
         outputs: AsyncGenerator[Any] = self._llm.generate(prompt, params, session.request_id)
         return outputs
+
+    def _take(
+        self, output: Any, request: GenerateRequest, context: list[int], session: _Session
+    ) -> tuple[TokenChunk, bool]:
+        """What came out, appended to ``context``; and whether vLLM's request has ended."""
+        completion = output.outputs[0]
+        ids = tuple(completion.token_ids)
+        values = logprobs(completion, request.session)
+        prefill = None
+        if len(context) == len(request.token_ids) and output.num_cached_tokens is not None:
+            prefill = len(context) - output.num_cached_tokens
+        context += ids
+        session.length = len(context)
+        finish = finish_reason(
+            completion,
+            request,
+            len(context) - len(request.token_ids),
+            context_full=len(context) == self._max_context,
+        )
+        ended = completion.finish_reason is not None
+        if ended and self._splice_kv:
+            # From now on the session stands on what this request has left behind.
+            self._pins.release(session.pin)
+            session.pin = self._pins.hold(session.request_id)
+        return TokenChunk(ids, values, finish, prefill), ended
+
+    def _settle(self, session: _Session) -> None:
+        """The call is over, however it ended."""
+        if session.request_id and session.request_id != session.pin:
+            # It was cut short; if vLLM had finished meanwhile, its KV is nobody's.
+            self._pins.release(self._pins.hold(session.request_id))
+        session.request_id = None
+
+    async def _drop_pins(self) -> None:
+        """Have the connector let go of all KV, with nothing running that could pin more.
+
+        vLLM can only reset a cache that nobody holds, and asks the connector last.
+        """
+        await self._llm.pause_generation(mode="keep", clear_cache=False)
+        await self._llm.reset_prefix_cache(reset_connector=True)
+        self._pins.clear()
+        for session in self._sessions.values():
+            session.pin = None
 
     def _known(self, name: str, at_token: int) -> _Session:
         session = self._sessions.get(name)
@@ -307,47 +387,3 @@ class VLLMEngine:
             session.ended = reason
             if session.request_id is not None:
                 await self._llm.abort(session.request_id)
-
-
-async def _next_output(outputs: AsyncGenerator[Any], session: _Session) -> Any:
-    """The next output; whatever vLLM raises comes as ``EngineError``."""
-    try:
-        output = await anext(outputs)
-    except Exception as error:
-        # vLLM wraps what went wrong in errors that say only that something did.
-        cause = error.__cause__ or error
-        reason = session.ended or f"vLLM broke: {type(cause).__name__}: {cause}"
-        raise EngineError(reason) from error
-    if session.ended:
-        raise EngineError(session.ended)
-    return output
-
-
-def _logprobs(completion: Any, name: str) -> tuple[float, ...]:
-    """Log-probs of the sampled tokens: float32 values, all finite."""
-    entries = zip(completion.token_ids, completion.logprobs or (), strict=True)
-    logprobs = tuple(entry[token].logprob for token, entry in entries)
-    if not all(map(math.isfinite, logprobs)):
-        raise EngineError(f"log-probs of session {name!r} are not finite: {logprobs}")
-    return logprobs
-
-
-def _finish(completion: Any, request: GenerateRequest, n_sampled: int) -> FinishReason | None:
-    """How vLLM says that a call ended, in our words."""
-    reason = completion.finish_reason
-    if reason is None:
-        return None
-    if reason == "stop":
-        return FinishReason.STOP
-    if reason == "length":
-        return FinishReason.LENGTH if n_sampled == request.max_tokens else FinishReason.CONTEXT
-    raise EngineError(
-        f"vLLM ended a call of session {request.session!r} with {reason!r} after {n_sampled} "
-        "tokens, expected 'stop' or 'length'"
-    )
-
-
-def _call_seed(sampling: SamplingParams, position: int) -> int:
-    """A 63-bit seed for the call whose first new token stands at ``position``."""
-    key = struct.pack("<QQ", sampling.seed & 0xFFFFFFFFFFFFFFFF, position)
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1

@@ -10,7 +10,11 @@ from typing import Any
 
 from thor_fast.errors import EngineError
 
-__all__ = ["import_vllm", "saved_dtype", "start"]
+__all__ = ["import_vllm", "saved_dtype", "splicing", "start"]
+
+# The connector's hooks are vLLM's own affair and move between minor versions: 0.32 was run, 0.33
+# compared with it in source.
+_SPLICING = ("0.32", "0.33")
 
 
 def import_vllm(name: str) -> Any:
@@ -30,6 +34,28 @@ def saved_dtype(path: Path) -> str:
     except ValueError as error:
         raise EngineError(f"cannot read {str(path / 'config.json')!r}: {error}") from error
     return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+
+def splicing(args: dict[str, Any]) -> Any:
+    """The ``KVTransferConfig`` that loads our connector; ``EngineError`` where it cannot work."""
+    version = str(import_vllm("vllm").__version__)
+    if ".".join(version.split(".")[:2]) not in _SPLICING:
+        raise EngineError(
+            f"vLLM is {version}, expected {' or '.join(_SPLICING)} for splice_kv (without it any "
+            "from 0.32 on)"
+        )
+    if args.get("data_parallel_size", 1) != 1:
+        raise EngineError(
+            f"data_parallel_size is {args['data_parallel_size']}, expected 1 for splice_kv: KV is "
+            "held in the rank that computed it"
+        )
+    if args.get("speculative_config") is not None:
+        raise EngineError("speculative_config is set, expected None for splice_kv")
+    return import_vllm("vllm.config").KVTransferConfig(
+        kv_connector="SplicingKVConnector",
+        kv_connector_module_path="thor_fast.engines.vllm_connector",
+        kv_role="kv_both",
+    )
 
 
 def start(args: dict[str, Any]) -> Any:
