@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +21,14 @@ import pytest_asyncio
 import torch
 
 from thor_fast.engines.base import GenerateRequest, SamplingParams
+from thor_fast.engines.openai import OpenAIEngine
 from thor_fast.engines.paged import PagedEngine
 from thor_fast.engines.vllm import VLLMEngine
 from thor_fast.errors import EngineError
 from thor_fast.rollout import ObservationEncoder, Renderer, RolloutLimits, run_episode
 from thor_fast.sandbox import NativeSandbox
 from thor_fast.synthetic import TEST_SEED, load_tiny_policy, task_set, tiny_policy_path
-from thor_fast.tools import PythonTool
+from thor_fast.tools import PythonTool, closing_fence_tokens
 from thor_fast.types import StopReason
 
 pytestmark = [
@@ -72,12 +82,14 @@ def sandbox():
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(vllm_environment):
+async def engine(vllm_environment, policy):
     engine = VLLMEngine.from_pretrained(
         tiny_policy_path(),
         max_sequences=8,
         max_context=MAX_CONTEXT,
         dtype=torch.float32,
+        pause_token_ids=closing_fence_tokens(policy[1]),
+        splice_kv=True,
         enforce_eager=True,
         block_size=32,
     )
@@ -85,7 +97,7 @@ async def engine(vllm_environment):
     await engine.aclose()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def episodes(policy, sandbox):
     """Runs one episode per task, eight at a time."""
     _, tokenizer = policy
@@ -114,15 +126,8 @@ def episodes(policy, sandbox):
     return run
 
 
-async def test_greedy_trajectories_are_those_of_the_embedded_engine(
-    engine, policy, episodes
-) -> None:
-    embedded = PagedEngine(policy[0], max_sequences=8, max_context=MAX_CONTEXT)
-    try:
-        expected = await episodes(embedded, 16, temperature=0.0)
-    finally:
-        await embedded.aclose()
-    got = await episodes(engine, 16, temperature=0.0)
+def same(got, expected) -> None:
+    """Two sets of trajectories, token for token."""
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.token_ids == theirs.token_ids
         assert ours.stop_reason is theirs.stop_reason
@@ -131,6 +136,104 @@ async def test_greedy_trajectories_are_those_of_the_embedded_engine(
             ours.sampling_logprobs, theirs.sampling_logprobs, atol=LOGPROB_TOLERANCE, rtol=0
         )
     assert sum(len(t.tool_calls) for t in got) >= 16
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def embedded(policy, episodes):
+    """Greedy trajectories of the embedded engine."""
+    engine = PagedEngine(policy[0], max_sequences=8, max_context=MAX_CONTEXT)
+    try:
+        return await episodes(engine, 16, temperature=0.0)
+    finally:
+        await engine.aclose()
+
+
+async def test_greedy_trajectories_are_those_of_the_embedded_engine(
+    engine, embedded, episodes
+) -> None:
+    got = await episodes(engine, 16, temperature=0.0)
+    same(got, embedded)
+    for trajectory in got:
+        # Stopped in the core at every closing fence, and each block of KV copied: nothing was
+        # sampled in vain, and a resume computed the observation and the token before it.
+        assert trajectory.metrics["dropped_tokens"] == 0
+        observed = len(trajectory) - len(trajectory.prompt_ids) - int(trajectory.loss_mask.sum())
+        resumes = trajectory.metrics["engine_calls"] - 1
+        assert trajectory.metrics["resume_prefill_tokens"] == observed + resumes
+
+
+@pytest.fixture(scope="module")
+def server(vllm_environment, tmp_path_factory):
+    """The base URL of vLLM's own server, in a process group of its own."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = Path(__file__).with_name("serve_vllm_cpu.py")
+    log = tmp_path_factory.mktemp("server") / "log"
+    options = {
+        "served-model-name": "tiny",
+        "host": "127.0.0.1",
+        "port": port,
+        "dtype": "float32",
+        "max-model-len": MAX_CONTEXT,
+        "max-num-seqs": 8,
+        "block-size": 32,
+        "logprobs-mode": "processed_logprobs",
+    }
+    command = [sys.executable, script, "serve", tiny_policy_path(), "--enforce-eager"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+async def test_greedy_trajectories_over_http_are_the_same(
+    server, embedded, policy, episodes
+) -> None:
+    engine = OpenAIEngine(
+        server,
+        model="tiny",
+        max_sequences=8,
+        max_context=MAX_CONTEXT,
+        pause_token_ids=closing_fence_tokens(policy[1]),
+        processed_logprobs=True,
+    )
+    try:
+        got = await episodes(engine, 16, temperature=0.0)
+        same(got, embedded)
+        assert all(t.metrics["dropped_tokens"] == 0 for t in got)
+        sampled, again = [await episodes(engine, 2, temperature=0.7) for _ in range(2)]
+        assert [t.token_ids for t in sampled] == [t.token_ids for t in again]
+        request = GenerateRequest((5, 700_000), "wrong", 3)
+        with pytest.raises(EngineError, match="Token id 700000 is out of vocabulary"):
+            [chunk async for chunk in engine.generate(request)]
+    finally:
+        await engine.aclose()
 
 
 async def test_sampled_episodes_keep_every_token(engine, policy, episodes) -> None:
@@ -149,7 +252,7 @@ async def test_sampled_episodes_keep_every_token(engine, policy, episodes) -> No
             assert list(request.token_ids) == ids[:start]
             assert sampled[: end - start] == ids[start:end]
         n_sampled = sum(len(sampled) for _, sampled in calls)
-        assert n_sampled - trajectory.metrics["dropped_tokens"] == mask.sum()
+        assert n_sampled == mask.sum()
         with torch.no_grad():
             logits = model(torch.tensor([ids])).logits[0, :-1].double()
         chosen = torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids[1:])[:, None])
@@ -170,8 +273,8 @@ async def test_episodes_leave_nothing_behind(engine, episodes) -> None:
     assert engine.kv_budget.live_sequences == 0
     assert engine._llm.get_num_unfinished_requests() == 0
     async with asyncio.timeout(30):
-        # True only if no request holds a block.
-        while not await engine._llm.reset_prefix_cache():  # noqa: ASYNC110
+        # True only if no request and no pin holds a block.
+        while not await engine._llm.reset_prefix_cache(reset_connector=True):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 

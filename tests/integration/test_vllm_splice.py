@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from thor_fast.engines import vllm_start
-from thor_fast.engines.base import FinishReason, GenerateRequest, SamplingParams
+from thor_fast.engines.base import FinishReason, GenerateRequest, KVBudget, SamplingParams
 from thor_fast.engines.vllm import VLLMEngine
 from thor_fast.errors import EngineError
 
@@ -34,6 +34,8 @@ from .vllm_model import (
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.filterwarnings("ignore")]
 
 N_SEQUENCES = 8
+# Five full contexts and some: eight sequences that grow to the end push each other out.
+POOL_BLOCKS = 46
 # The same tokens computed in other batch shapes; measured: 0 to 2e-6.
 COLD_TOLERANCE = 1e-5
 
@@ -52,7 +54,10 @@ def folder(model, tmp_path_factory):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(vllm_environment, model, folder):
-    """Its pool holds eight full contexts; it pauses at the fifth token it says to ``PROMPT``."""
+    """It pauses at the fifth token it says to ``PROMPT``."""
+    config = model.config
+    heads, dim = config.num_key_value_heads, config.head_dim
+    block_bytes = config.num_hidden_layers * 2 * heads * dim * 4 * BLOCK
     engine = VLLMEngine.from_pretrained(
         folder,
         max_sequences=N_SEQUENCES,
@@ -61,7 +66,9 @@ async def engine(vllm_environment, model, folder):
         pause_token_ids=frozenset(greedy(model, PROMPT, 5)[-1:]),
         enforce_eager=True,
         block_size=BLOCK,
+        kv_cache_memory_bytes=POOL_BLOCKS * block_bytes,
     )
+    assert engine.kv_budget == KVBudget(5, (POOL_BLOCKS - 1) * BLOCK, 0, 0)
     yield engine
     await engine.aclose()
 
@@ -254,8 +261,13 @@ async def test_a_thousand_aborts_leak_no_block(engine) -> None:
     async def abort(i: int) -> None:
         request = GenerateRequest((*ids[: 40 + i % 30], i % 500), names[i % 50], 200)
         async with aclosing(engine.generate(request)) as stream:
+            first = asyncio.ensure_future(anext(stream))
             if i % 2:
-                await anext(stream)
+                await first
+            else:  # on its way to vLLM, waiting there, or running
+                await asyncio.wait([first], timeout=0.001 * (i % 7))
+                first.cancel()
+                await asyncio.wait([first])
 
     for start in range(0, 1000, 50):
         names = await engine.fork("base", 50, 33)

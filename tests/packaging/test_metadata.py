@@ -34,7 +34,9 @@ def test_extras_are_exactly_these(wheel):
         (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
         metadata = Parser().parsestr(archive.read(name).decode())
     extras = metadata.get_all("Provides-Extra")
-    assert sorted(extras) == sorted(["vllm", "verl", "trl", "nsjail", "serve", "test", "dev"])
+    assert sorted(extras) == sorted(
+        ["vllm", "openai", "verl", "trl", "nsjail", "serve", "test", "dev"]
+    )
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == "<3.14,>=3.11"
 

@@ -88,12 +88,12 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         vLLM asks for the request at the head of its queue whenever it has a sequence free. If
         blocks are short, pins make room here: nothing else would free them.
         """
-        source = _asked(request).get("source")
+        source: str | None = _asked(request).get("source")
         shared = self._shared(request)
         held = min(num_computed_tokens, shared) // self._block_size
         needed = -(-request.num_tokens // self._block_size) - held
         needed += self._kv_cache_manager.watermark_blocks
-        self._pins.make_room(needed, keep={*self._in_use, source})
+        self._pins.make_room(needed, keep={*self._in_use, *([source] if source else ())})
         if self._pins.make_room(needed, keep=self._in_use):
             shared = self._shared(request)
         return max(shared - num_computed_tokens, 0), False
