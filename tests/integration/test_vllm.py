@@ -84,12 +84,15 @@ def test_a_missing_model_is_named(tmp_path) -> None:
 
 
 def test_the_budget_is_what_the_pool_holds() -> None:
-    # Block 0 holds nobody's tokens; 10 blocks of 32 are two contexts of 128.
+    # Block 0 holds nobody's tokens; 10 blocks of 32 are left.
     cache = SimpleNamespace(num_gpu_blocks=11, block_size=32)
     model = SimpleNamespace(get_vocab_size=lambda: VOCAB)
     llm = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache), model_config=model)
-    assert VLLMEngine(llm, max_sequences=8, max_context=128).kv_budget == KVBudget(2, 320, 0, 0)
-    assert VLLMEngine(llm, max_sequences=8, max_context=32).kv_budget == KVBudget(8, 320, 0, 0)
+    assert VLLMEngine(llm, max_sequences=8, max_context=128).kv_budget == KVBudget(8, 320, 0, 0, 32)
+    # With pins, a block less for each sequence, but room for one.
+    for sequences, tokens in ((4, 192), (8, 128)):
+        engine = VLLMEngine(llm, max_sequences=sequences, max_context=128, splice_kv=True)
+        assert engine.kv_budget == KVBudget(sequences, tokens, 0, 0, 32)
 
 
 @needs_vllm

@@ -68,7 +68,7 @@ async def engine(vllm_environment, model, folder):
         block_size=BLOCK,
         kv_cache_memory_bytes=POOL_BLOCKS * block_bytes,
     )
-    assert engine.kv_budget == KVBudget(5, (POOL_BLOCKS - 1) * BLOCK, 0, 0)
+    assert engine.kv_budget == KVBudget(N_SEQUENCES, (POOL_BLOCKS - 1 - N_SEQUENCES) * BLOCK, 0, 0)
     yield engine
     await engine.aclose()
 

@@ -80,9 +80,9 @@ class VLLMEngine:
       calls elsewhere meets other noise, which the contract's "function of (seed, position)" would
       exclude. Equal noise gives equal tokens only where logits are equal, and vLLM's are not the
       same to the last bit in batches of other sizes (its ``VLLM_BATCH_INVARIANT`` helps on GPUs).
-    - **Budget.** ``kv_budget.max_tokens`` is the KV pool vLLM has allocated; ``max_sequences`` is
-      lowered to as many full contexts as fit in it. ``live_*`` counts sessions not yet released:
-      vLLM may have evicted their blocks, which costs a prefill and changes nothing else.
+    - **Budget.** ``kv_budget.max_tokens`` is the KV pool vLLM has allocated, less a block for each
+      of ``max_sequences`` with ``splice_kv``. ``live_*`` counts sessions not yet released: vLLM may
+      have evicted their blocks, which costs a prefill and changes nothing else.
     - **Weights.** ``update_weights`` has vLLM read its model folder again, so save there first.
       Calls in flight go on under the new weights, from a prefill of all they have. Cached prefixes
       carry the version as vLLM's ``cache_salt``: old ones can never be hit again.
@@ -103,13 +103,15 @@ class VLLMEngine:
         splice_kv: bool = False,
     ) -> None:
         cache = llm.vllm_config.cache_config
-        # Block 0 is vLLM's placeholder and holds nobody's tokens.
-        blocks = cache.num_gpu_blocks - 1
-        fitting = blocks // math.ceil(max_context / cache.block_size)
+        # Block 0 is vLLM's placeholder and holds nobody's tokens. A session that resumes has two
+        # last blocks until the next request brings word that the old one is not needed.
+        blocks = cache.num_gpu_blocks - 1 - (max_sequences if splice_kv else 0)
+        blocks = max(blocks, math.ceil(max_context / cache.block_size))
         self._llm = llm
         self._vocab: int = llm.model_config.get_vocab_size()
-        self._max_sequences, self._max_context = min(max_sequences, max(fitting, 1)), max_context
-        self._max_tokens: int = blocks * cache.block_size
+        self._max_sequences, self._max_context = max_sequences, max_context
+        self._block_tokens: int = cache.block_size
+        self._max_tokens = blocks * self._block_tokens
         self._pause_token_ids, self._splice_kv = pause_token_ids, splice_kv
         self._pins = PinNames()
         self._sessions: dict[str, _Session] = {}
@@ -189,6 +191,7 @@ class VLLMEngine:
             max_tokens=self._max_tokens,
             live_sequences=len(self._sessions),
             live_tokens=sum(session.length for session in self._sessions.values()),
+            block_tokens=self._block_tokens,
         )
 
     @property

@@ -85,11 +85,15 @@ def start(args: dict[str, Any]) -> Any:
 
 
 def _pool_bytes(config: Any) -> int:
-    """KV of as many full contexts as there are sequences, and of vLLM's placeholder block."""
+    """KV of as many full contexts as there are sequences, and of vLLM's placeholder block.
+
+    With the connector one block more for each: a copy of its last one.
+    """
     model, block_size = config.model_config, config.cache_config.block_size
     heads = model.get_num_kv_heads(config.parallel_config)
     layers = model.get_num_layers(config.parallel_config)
     token_bytes = 2 * layers * heads * model.get_head_size() * model.dtype.itemsize
     per_sequence = math.ceil(model.max_model_len / block_size)
+    per_sequence += config.kv_transfer_config is not None
     n_blocks = config.scheduler_config.max_num_seqs * per_sequence + 1
     return int(n_blocks * block_size * token_bytes)
