@@ -223,7 +223,7 @@ async def test_release_and_close_end_the_streams() -> None:
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        ({"temperature": 0.7}, "temperature is 0.7, expected 0 or 1 unless the server has proces"),
+        ({"temperature": 0.7}, "temperature is 0.7, expected 0 or 1 unless the server"),
         ({"top_p": 0.9}, "top_k is 0 and top_p 0.9, expected 0 and 1"),
         ({"top_k": 5}, "top_k is 5 and top_p 1.0, expected 0 and 1"),
     ],
