@@ -68,7 +68,6 @@ async def engine(vllm_environment, model, folder):
         block_size=BLOCK,
         kv_cache_memory_bytes=POOL_BLOCKS * block_bytes,
     )
-    assert engine.kv_budget == KVBudget(N_SEQUENCES, (POOL_BLOCKS - 1 - N_SEQUENCES) * BLOCK, 0, 0)
     yield engine
     await engine.aclose()
 
@@ -113,6 +112,8 @@ def test_where_the_connector_cannot_work(monkeypatch, version, settings, message
 async def test_many_turns_compute_what_is_new(engine, model) -> None:
     assert engine.capabilities.native_fork
     assert engine.capabilities.native_truncate
+    pool = (POOL_BLOCKS - 1 - N_SEQUENCES) * BLOCK
+    assert engine.kv_budget == KVBudget(N_SEQUENCES, pool, 0, 0, BLOCK)
     context = prompt(45, 2)
     n_new = len(context)
     for turn in range(6):
