@@ -269,8 +269,9 @@ std::size_t Fleet::make_jail(std::size_t tier) {
 }
 
 // A jail that can take a request of this tier now or soon. Soon is better than now where that would
-// have more jails at work than there are slots: a fork for the next snippet and this one would share
-// a CPU, and both be late. (More jails there are once long snippets or dialogues needed them.)
+// have more jails at work than there are slots: a fork for the next snippet and this one would
+// share a CPU, and both be late. (More jails there are once long snippets or dialogues needed
+// them.)
 std::size_t Fleet::jail_for(std::size_t tier) {
   std::optional<std::size_t> parked;
   std::optional<std::size_t> preparing;
