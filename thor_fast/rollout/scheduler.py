@@ -29,6 +29,7 @@ from thor_fast.errors import ConfigError
 from thor_fast.rollout.admission import Admission, Allowance
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.loop import run_episode
+from thor_fast.rollout.memo import SnippetMemo
 from thor_fast.sandbox.base import Sandbox
 from thor_fast.tools.base import Tool
 from thor_fast.types import RolloutGroup, Trajectory
@@ -37,7 +38,7 @@ __all__ = ["Finished", "Prompt", "RolloutScheduler", "trajectory_seed"]
 
 # Engines are shared between schedulers, so session names must differ between them, too.
 _RUN_NUMBERS = itertools.count()
-# Enough to tell what nine in ten need, and not so many that a policy which grows is lagged behind.
+# Enough to tell what is usual, and not so many that a policy which changes is lagged behind.
 _LENGTHS_KEPT = 256
 
 Reward = Callable[[Trajectory, str], float | None]
@@ -85,8 +86,9 @@ class RolloutScheduler:
     ``encode``: observation text -> ids. ``sampling.seed`` is the base of all seeds: a trainer sets
     another one in :attr:`sampling` for each step. ``reward(trajectory, reference)`` is called in a
     thread for each trajectory that the infrastructure did not spoil. ``max_live``: at most the
-    engine's ``kv_budget.max_sequences``, which is the default. ``progress(episode, done, total)``
-    is called in the event loop as episodes end.
+    engine's ``kv_budget.max_sequences``, which is the default. ``memo``: equal pure snippets of a
+    group run once (see ``memo.py``). ``progress(episode, done, total)`` is called in the event loop
+    as episodes end.
 
     Each trajectory's ``metrics`` gain ``queue_s``, seconds from the start of the run to admission,
     and ``episode_s``, from there to its end.
@@ -105,6 +107,7 @@ class RolloutScheduler:
         group_size: int = 1,
         reward: Reward | None = None,
         max_live: int | None = None,
+        memo: bool = True,
         progress: Callable[[Finished, int, int], None] | None = None,
     ) -> None:
         budget = engine.kv_budget.max_sequences
@@ -123,6 +126,7 @@ class RolloutScheduler:
         self._engine, self._sandbox, self._tool = engine, sandbox, tool
         self._encode, self._limits, self._eos_token_ids = encode, limits, eos_token_ids
         self._group_size, self._max_live = group_size, max_live
+        self._memo = memo and group_size > 1
         self._lengths: deque[int] = deque(maxlen=_LENGTHS_KEPT)
         self._reward, self._progress = reward, progress
 
@@ -164,11 +168,19 @@ class RolloutScheduler:
         """Start each episode when there is room; ends when all have, or at the first error."""
         async with asyncio.TaskGroup() as tasks:
             for prompt in range(len(run.prompts)):
+                memo = SnippetMemo() if self._memo else None
                 for sample in range(self._group_size):
                     allowance = await run.admission.enter(len(run.prompts[prompt].token_ids))
-                    tasks.create_task(self._episode(run, prompt, sample, allowance))
+                    tasks.create_task(self._episode(run, prompt, sample, allowance, memo))
 
-    async def _episode(self, run: _Run, prompt: int, sample: int, allowance: Allowance) -> None:
+    async def _episode(
+        self,
+        run: _Run,
+        prompt: int,
+        sample: int,
+        allowance: Allowance,
+        memo: SnippetMemo | None,
+    ) -> None:
         admitted = time.perf_counter()
         length = None
         try:
@@ -185,6 +197,7 @@ class RolloutScheduler:
                 eos_token_ids=self._eos_token_ids,
                 session=f"{run.name}/{prompt}/{sample}",
                 room=partial(run.admission.room, allowance),
+                memo=memo,
             )
             stop = trajectory.stop_reason
             if stop is not None and not stop.is_infrastructure:
