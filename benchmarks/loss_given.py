@@ -2,7 +2,8 @@
 
 The floor is a copy of the logits: as many bytes read as they have, and as many written, 4 T V in
 bfloat16. No gradient of all rows can do with less; where rows are not read, theirs are zeros, and
-more than the copy's rate is possible.
+more than the copy's rate is possible. Ours moves as much, if the cache keeps the rows under way;
+the factor on the loss is 1 here, another would cost 4 T V more.
 
 Legend: T tokens, B sequences of L tokens, V vocabulary, N rows that are read.
 """

@@ -1,8 +1,10 @@
 """The loss for callers that hold logits: these are read where they lie, and never copied.
 
-Forward reads the rows that count once, for their sums. Backward reads them once more and writes the
-gradient, of the logits' dtype, in one pass: by then the factor on the loss is known, and nothing is
-rounded twice. Other rows are not read at all; their gradient is written as zeros.
+Where :func:`_in_one_kernel` says so, the forward reads the rows that count once, for their sums,
+and writes the gradient, of the logits' dtype, as for a factor of 1 on the loss. Backward hands it
+over; if the factor is another, it first makes it anew from the logits. Elsewhere, and when backward
+runs a second time, the gradient is made there: the factor is known, and nothing is rounded twice.
+Rows that do not count are not read at all; their gradient is written as zeros.
 
 Legend: T tokens of the packed batch, V vocabulary, N rows that are read, C of a chunk.
 """
@@ -32,7 +34,7 @@ from .hierarchical_grpo_rows import (
     logit_gradients,
     row_sums,
 )
-from .hierarchical_grpo_spec import LossSpec, spec_of
+from .hierarchical_grpo_spec import BUILT_IN_LOSSES, LossSpec, spec_of
 from .hierarchical_grpo_tokens import depends_on_advantage, token_terms
 
 __all__ = ["logits_grpo"]
@@ -54,7 +56,8 @@ def logits_grpo(
     """As ``fused_linear_grpo``, for callers that hold ``logits`` [T, V].
 
     They may have any stride between rows; one between columns other than 1 costs a copy. Until
-    ``backward`` they must stay as they are.
+    ``backward`` they must stay as they are. On a GPU a factor on the loss that is known before is
+    cheaper in ``make_plan(level_weight=...)``: for a factor of 1 backward has nothing to do.
 
     Raises:
         ValueError: a shape, dtype, device or setting does not fit; the message says which.
@@ -76,6 +79,7 @@ def logits_grpo(
         temperature,
         spec.text,
         use_triton(impl, logits),
+        torch.is_grad_enabled() and logits.requires_grad,
     )
     return LossOutput(loss, logp, entropy, Metrics(metrics, plan))
 
@@ -90,12 +94,26 @@ def _logits_grpo_op(
     temperature: torch.Tensor | None,
     spec_text: str,
     triton: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, log-probs, entropies and metrics; columns [N] and the other terms of the gradient."""
+    want_gradient: bool,
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor,
+]:
+    """Loss, log-probs, entropies and metrics; columns [N] and the other terms of the gradient.
+
+    And the gradient for a factor of 1 on the loss [T, V], or nothing [0].
+    """
     spec, chosen = spec_of(spec_text), Selection(*selection)
     batch = gather(chosen, targets, old_logp, ref_logp, temperature, spec, compute_dtype(logits))
     chosen = chosen.only(batch.targets != IGNORED_TARGET)
-    rows = _rows(logits, chosen.rows, batch, spec, triton)
+    one_kernel = _in_one_kernel(logits, spec, triton)
+    gradient = torch.empty_like(logits) if one_kernel and want_gradient else None
+    rows = _rows(logits, chosen, batch, spec, triton, gradient)
     found = token_terms(rows.logp, batch.old_logp, batch.ref_logp, rows.entropy, chosen, spec)
     entropy = torch.zeros_like(rows.logp) if rows.entropy is None else rows.entropy
     terms = gradient_terms(
@@ -109,19 +127,44 @@ def _logits_grpo_op(
         *outputs_of(Found(rows.logp, entropy, found.metrics), chosen, logits.shape[0]),
         column,
         torch.stack(values),
+        logits.new_empty(0) if gradient is None else gradient,
     )
+
+
+def _in_one_kernel(logits: torch.Tensor, spec: LossSpec, triton: bool) -> bool:
+    """Whether the token's stage runs between the two reads of a row.
+
+    It takes a loss by token that the kernel knows, without a gradient through the entropy.
+    float16's loss scaler is a factor that is never 1: made in the forward, its gradients would be
+    for nothing.
+    """
+    by_token = spec.kind in BUILT_IN_LOSSES and not spec.by_sequence
+    return triton and by_token and not spec.entropy_coef and logits.dtype is not torch.float16
 
 
 def _rows(
-    logits: torch.Tensor, chosen: torch.Tensor, batch: Batch, spec: LossSpec, triton: bool
+    logits: torch.Tensor,
+    chosen: Selection,
+    batch: Batch,
+    spec: LossSpec,
+    triton: bool,
+    gradient: torch.Tensor | None,
 ) -> Rows:
-    """Of the rows ``chosen`` [N]."""
+    """Of the rows ``chosen``; ``gradient`` [T, V] is written where there is one."""
     shard = Shard(0, logits.shape[1], None)
     anchors = anchors_of(
-        logits, batch.targets, shard, None, spec.logit_scale, spec.softcap, rows=chosen
+        logits, batch.targets, shard, None, spec.logit_scale, spec.softcap, rows=chosen.rows
     )
     inverse = batch.inverse_temperature
-    if triton:
+    # Also without a gradient: the same log-probs, to the last bit.
+    if _in_one_kernel(logits, spec, triton):
+        from .hierarchical_grpo_one_kernel import loss_gradients_triton
+
+        index = _index_of(chosen.rows, logits)
+        sums = loss_gradients_triton(
+            logits, anchors, batch, chosen, spec, index=index, gradients=gradient
+        )
+    elif triton:
         from .hierarchical_grpo_triton import row_sums_triton
 
         sums = row_sums_triton(
@@ -133,10 +176,10 @@ def _rows(
             softcap=spec.softcap,
             entropy=spec.needs_entropy,
             weights=None,
-            rows=chosen,
+            rows=chosen.rows,
         )
     else:
-        sums = _sums(logits, chosen, anchors, inverse, spec)
+        sums = _sums(logits, chosen.rows, anchors, inverse, spec)
     return finish_rows(sums, anchors, inverse, shard, softcap=spec.softcap)
 
 
@@ -189,10 +232,7 @@ def _gradient_op(
     triton: bool,
 ) -> torch.Tensor:
     """[T, V] of the logits' dtype: the gradient by them, times ``by_loss`` []."""
-    spec = spec_of(spec_text)
-    terms = GradientTerms(column, *values, *(None,) * (7 - len(values)))
-    by_entropy = None if terms.by_entropy is None else terms.by_entropy * by_loss
-    terms = terms._replace(by_logp=terms.by_logp * by_loss, by_entropy=by_entropy)
+    spec, terms = spec_of(spec_text), _terms(column, values, by_loss)
     if not triton or len(rows) == 0:
         gradient = logits.new_zeros(logits.shape)
         for part in _parts(rows, logits):
@@ -203,17 +243,58 @@ def _gradient_op(
     from .hierarchical_grpo_triton import logit_gradients_triton
 
     gradient = logits.new_empty(logits.shape)
-    index = torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device)
-    index[rows] = torch.arange(len(rows), device=logits.device)
     logit_gradients_triton(
         logits,
         terms,
         logit_scale=spec.logit_scale,
         softcap=spec.softcap,
-        index=index,
+        index=_index_of(rows, logits),
         gradients=gradient,
     )
     return gradient
+
+
+@torch.library.custom_op("thor_kernels::logits_grpo_factor", mutates_args=("gradient",))
+def _factor_op(
+    gradient: torch.Tensor,
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    column: torch.Tensor,
+    values: torch.Tensor,
+    by_loss: torch.Tensor,
+    spec_text: str,
+) -> None:
+    """Of a ``gradient`` [T, V] for a factor of 1 makes that for ``by_loss`` [], if it is another.
+
+    From the logits: as many bytes as to multiply it, and nothing is rounded twice.
+    """
+    if len(rows) == 0:
+        return
+    from .hierarchical_grpo_triton import logit_gradients_triton
+
+    spec = spec_of(spec_text)
+    logit_gradients_triton(
+        logits,
+        _terms(column, values, by_loss),
+        logit_scale=spec.logit_scale,
+        softcap=spec.softcap,
+        index=_index_of(rows, logits),
+        gradients=gradient,
+        factor=by_loss,
+    )
+
+
+def _terms(column: torch.Tensor, values: torch.Tensor, by_loss: torch.Tensor) -> GradientTerms:
+    terms = GradientTerms(column, *values, *(None,) * (7 - len(values)))
+    by_entropy = None if terms.by_entropy is None else terms.by_entropy * by_loss
+    return terms._replace(by_logp=terms.by_logp * by_loss, by_entropy=by_entropy)
+
+
+def _index_of(rows: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """[T]: where a row is among ``rows``; -1: it is not."""
+    index = torch.full((len(logits),), -1, dtype=torch.int64, device=logits.device)
+    index[rows] = torch.arange(len(rows), device=logits.device)
+    return index
 
 
 @_logits_grpo_op.register_fake
@@ -224,11 +305,15 @@ def _(
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     rows, compute = selection[0].shape[0], compute_dtype(logits)
-    parts = 7 if spec_of(rest[-2]).entropy_coef else 5
+    spec_text, triton, want_gradient = rest[-3:]
+    spec = spec_of(spec_text)
+    parts = 7 if spec.entropy_coef else 5
+    made = want_gradient and _in_one_kernel(logits, spec, triton)
     return (
         *fake_outputs(logits),
         targets.new_empty(rows, dtype=torch.int64),
         logits.new_empty((parts, rows), dtype=compute),
+        torch.empty_like(logits) if made else logits.new_empty(0),
     )
 
 
@@ -237,18 +322,31 @@ def _(logits: torch.Tensor, *_: Any) -> torch.Tensor:
     return logits.new_empty(logits.shape)
 
 
+@_factor_op.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     only_the_loss(ctx, output)
-    logits, _, selection, *_, spec_text, triton = inputs
-    ctx.save_for_backward(logits, selection[0], *output[4:])
+    logits, _, selection, *_, spec_text, triton, want_gradient = inputs
+    *_, column, values, gradient = output
+    ctx.save_for_backward(logits, selection[0], column, values)
     ctx.settings, ctx.parts = (spec_text, triton), len(selection)
+    made = want_gradient and _in_one_kernel(logits, spec_of(spec_text), triton)
+    # Not saved: whoever gets it may write to it, so it is given away once.
+    ctx.gradient = gradient if made else None
 
 
 def _backward(ctx: Any, by_loss: torch.Tensor, *_: Any) -> tuple[Any, ...]:
-    gradient = None
-    if ctx.needs_input_grad[0]:
+    gradient, ctx.gradient = ctx.gradient, None
+    if not ctx.needs_input_grad[0]:
+        gradient = None
+    elif gradient is None:
         gradient = _gradient_op(*ctx.saved_tensors, by_loss, *ctx.settings)
-    return (gradient, None, [None] * ctx.parts, *(None,) * 5)
+    else:
+        _factor_op(gradient, *ctx.saved_tensors, by_loss, ctx.settings[0])
+    return (gradient, None, [None] * ctx.parts, *(None,) * 6)
 
 
 _logits_grpo_op.register_autograd(_backward, setup_context=_save)

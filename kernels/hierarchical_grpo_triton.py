@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from .hierarchical_grpo_passes import LOG2E, sums_of_row, write_gradient
 from .hierarchical_grpo_rows import NO_SHIFT_YET, Anchors, GradientTerms, Sums, Weights
 
 __all__ = [
@@ -32,35 +33,6 @@ __all__ = [
 # split decides its last bits, and log-probs are to be the same with and without entropy.
 BLOCK = 2048
 NUM_WARPS = 8
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-_MOST_POWER = tl.constexpr(86.0)
-
-
-@triton.jit
-def _load_logits(
-    logits_ptr,
-    bias_ptr,
-    columns,
-    inside,
-    logit_scale,
-    softcap,
-    has_softcap: tl.constexpr,
-):
-    """Logits after bias, scale and softcap, and the softcap's slope; -inf outside."""
-    logit = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
-        logit += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    logit *= logit_scale
-    slope = tl.full(logit.shape, 1.0, dtype=tl.float32)
-    if has_softcap:
-        # libdevice's tanh is missing from the interpreter.
-        capped = 2.0 * tl.sigmoid(2.0 * logit / softcap) - 1.0
-        out_of_it = logit == float("-inf")
-        slope = tl.where(out_of_it, 0.0, 1.0 - capped * capped)
-        logit = tl.where(out_of_it, logit, capped * softcap)
-    return tl.where(inside, logit, float("-inf")), slope
 
 
 @triton.jit
@@ -100,56 +72,32 @@ def row_sums_kernel(
     anchor = tl.load(anchor_ptr + row)
     lost = tl.load(lost_ptr + row) != 0
     wanted = tl.load(ignored_ptr + row) == 0
-    scale = tl.load(inverse_temperature_ptr + row) * _LOG2E
-    lanes = tl.arange(0, block)
-
-    shift = tl.where(lost, no_shift_yet, 0.0)
-    partial = tl.zeros((block,), dtype=tl.float32)
-    moment = tl.zeros((block,), dtype=tl.float32)
-    rounding = 0.0
-    for start in range(0, vocab, block):
-        columns = start + lanes
-        inside = columns < vocab
-        logit, slope = _load_logits(
-            logits_ptr, bias_ptr, columns, inside, logit_scale, softcap, has_softcap
-        )
-        distance = tl.where(columns == target, float("-inf"), (logit - anchor) * scale)
-        top = tl.max(distance, axis=0)
-        if (top - shift > _MOST_POWER) & (top < float("inf")):
-            higher = tl.ceil(top)
-            lower = tl.exp2(shift - higher)  # a power of two: exact, or 0
-            moment = (moment + partial * (shift - higher)) * lower
-            partial *= lower
-            if rounding_ptr is not None:
-                rounding *= lower
-            if weights_ptr is not None:
-                for before in range(0, start, block):
-                    # A loop with a barrier is not unrolled: it is rare, and its registers are the
-                    # kernel's.
-                    tl.debug_barrier()
-                    at = weights_ptr + before + lanes
-                    kept = tl.load(at).to(tl.float32) * lower
-                    tl.store(at, kept.to(weights_ptr.dtype.element_ty))
-            shift = higher
-        power = tl.exp2(distance - shift)
-        partial += power
-        if weights_ptr is not None:
-            # Weights may lie over logits that another thread has yet to read.
-            tl.debug_barrier()
-            exact = tl.where(wanted, power * slope, 0.0)
-            kept = exact.to(weights_ptr.dtype.element_ty)
-            tl.store(weights_ptr + columns, kept, mask=inside)
-            if rounding_ptr is not None:
-                rounding += tl.sum(exact - kept.to(tl.float32), axis=0)
-        if moment_ptr is not None:
-            moment += power * tl.where(power > 0.0, distance - shift, 0.0)
-
-    tl.store(total_ptr + row, tl.sum(partial, axis=0))
+    scale = tl.load(inverse_temperature_ptr + row) * LOG2E
+    total, moment, shift, rounding = sums_of_row(
+        logits_ptr,
+        weights_ptr,
+        bias_ptr,
+        target,
+        anchor,
+        lost,
+        wanted,
+        scale,
+        vocab,
+        logit_scale,
+        softcap,
+        has_softcap,
+        moment_ptr is not None,
+        rounding_ptr is not None,
+        no_shift_yet,
+        block,
+        None,
+    )
+    tl.store(total_ptr + row, total)
     tl.store(shift_ptr + row, shift)
     if rounding_ptr is not None:
         tl.store(rounding_ptr + row, rounding)
     if moment_ptr is not None:
-        tl.store(moment_ptr + row, tl.sum(moment, axis=0) * _LN2)
+        tl.store(moment_ptr + row, moment)
 
 
 @triton.jit
@@ -168,6 +116,7 @@ def logit_gradients_kernel(
     bias_ptr,  # [V], or None
     own_ptr,  # [C] float32: takes the target's gradient, which is 0 in its row; or None
     rounding_ptr,  # [C] float32: what rounding takes from the gradients' sum; or None
+    factor_ptr,  # [] float32: 1 if nothing is to be read or written; or None
     row_stride,
     gradients_stride,
     vocab,
@@ -186,50 +135,47 @@ def logit_gradients_kernel(
     speaks = (at >= 0) & (target >= -1)
     anchor = tl.load(anchor_ptr + known)
     rest = tl.load(rest_ptr + known)
-    log_whole = tl.load(log_whole_ptr + known) * _LOG2E
+    log_whole = tl.load(log_whole_ptr + known) * LOG2E
     inverse_temperature = tl.load(inverse_temperature_ptr + known)
-    scale = inverse_temperature * _LOG2E
+    scale = inverse_temperature * LOG2E
     by_logp = tl.load(by_logp_ptr + known) * inverse_temperature * logit_scale
+    entropy = 0.0
+    by_entropy = 0.0
     if by_entropy_ptr is not None:
         entropy = tl.load(entropy_ptr + known)
         by_entropy = tl.load(by_entropy_ptr + known) * inverse_temperature * logit_scale
-    lanes = tl.arange(0, block)
-    own = tl.zeros((block,), dtype=tl.float32)
-    rounding = tl.zeros((block,), dtype=tl.float32)
-
-    read = tl.where(speaks, vocab, 0)
-    for start in range(0, read, block):
-        columns = start + lanes
-        inside = columns < vocab
-        logit, slope = _load_logits(
-            logits_ptr, bias_ptr, columns, inside, logit_scale, softcap, has_softcap
-        )
-        score = (logit - anchor) * scale - log_whole  # of two
-        chance = tl.exp2(score)
-        gradient = tl.where(columns == target, rest, -chance) * by_logp
-        if by_entropy_ptr is not None:
-            spread = tl.where(chance > 0.0, chance * (score * _LN2 + entropy), 0.0)
-            gradient -= by_entropy * spread
-        gradient *= slope
-        if own_ptr is not None:
-            mine = columns == target
-            own += tl.where(mine, gradient, 0.0)
-            gradient = tl.where(mine, 0.0, gradient)
-        kept = gradient.to(gradients_ptr.dtype.element_ty)
-        if index_ptr is None:
-            # Gradients may lie over logits that another thread has yet to read.
-            tl.debug_barrier()
-        tl.store(gradients_ptr + columns, kept, mask=inside)
-        if rounding_ptr is not None:
-            rounding += tl.where(inside, gradient - kept.to(tl.float32), 0.0)
-    for start in range(read, vocab, block):
-        columns = start + lanes
-        nothing = tl.zeros((block,), dtype=gradients_ptr.dtype.element_ty)
-        tl.store(gradients_ptr + columns, nothing, mask=columns < vocab)
+    end = vocab
+    if factor_ptr is not None:
+        end = tl.where(tl.load(factor_ptr) == 1.0, 0, vocab)
+    own, rounding = write_gradient(
+        logits_ptr,
+        gradients_ptr,
+        bias_ptr,
+        tl.where(speaks, end, 0),
+        end,
+        target,
+        anchor,
+        scale,
+        log_whole,
+        rest,
+        by_logp,
+        entropy,
+        by_entropy,
+        vocab,
+        logit_scale,
+        softcap,
+        has_softcap,
+        by_entropy_ptr is not None,
+        own_ptr is not None,
+        rounding_ptr is not None,
+        index_ptr is None,
+        block,
+        None,
+    )
     if own_ptr is not None:
-        tl.store(own_ptr + row, tl.sum(own, axis=0))
+        tl.store(own_ptr + row, own)
     if rounding_ptr is not None:
-        tl.store(rounding_ptr + row, tl.sum(rounding, axis=0))
+        tl.store(rounding_ptr + row, rounding)
 
 
 INTERPRETED = isinstance(row_sums_kernel, InterpretedFunction)
@@ -314,12 +260,16 @@ def logit_gradients_triton(
     softcap: float | None,
     index: torch.Tensor,
     gradients: torch.Tensor,
+    factor: torch.Tensor | None = None,
 ) -> None:
     """As ``logit_gradients`` of ``logits * logit_scale``, into ``gradients`` [T, V].
 
-    ``index`` [T] int64 says which of the terms are a row's; -1: its gradient is 0.
+    ``index`` [T] int64 says which of the terms are a row's; -1: its gradient is 0. Where ``factor``
+    [] float32 is 1 nothing is read or written, and the host need not know.
     """
-    _launch_gradients(logits, terms, gradients, index, None, logit_scale, softcap, None, None)
+    _launch_gradients(
+        logits, terms, gradients, index, None, logit_scale, softcap, None, None, factor
+    )
 
 
 def _launch_gradients(
@@ -332,6 +282,7 @@ def _launch_gradients(
     softcap: float | None,
     own: torch.Tensor | None,
     rounding: torch.Tensor | None,
+    factor: torch.Tensor | None = None,
 ) -> None:
     rows, vocab = logits.shape
     if rows == 0:
@@ -344,6 +295,7 @@ def _launch_gradients(
         None if bias is None else bias.contiguous(),
         own,
         rounding,
+        factor,
         logits.stride(0),
         gradients.stride(0),
         vocab,

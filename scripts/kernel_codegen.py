@@ -24,6 +24,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from thor_fast.kernels.hierarchical_grpo_one_kernel import BLOCK as ONE_BLOCK
+from thor_fast.kernels.hierarchical_grpo_one_kernel import NUM_WARPS as ONE_WARPS
+from thor_fast.kernels.hierarchical_grpo_one_kernel import STAGES, loss_gradients_kernel
 from thor_fast.kernels.hierarchical_grpo_triton import (
     BLOCK,
     NUM_WARPS,
@@ -41,11 +44,17 @@ _POINTERS = {
     "index_ptr": "i64",
     "lost_ptr": "u8",
     "ignored_ptr": "u8",
+    "outside_ptr": "u8",
 }
 _INTEGERS = ("row_stride", "weights_stride", "gradients_stride", "vocab")
 _CONSTANTS = {"no_shift_yet": -1e30, "block": BLOCK}
+_KERNELS = {
+    "row_sums": row_sums_kernel,
+    "logit_gradients": logit_gradients_kernel,
+    "loss_gradients": loss_gradients_kernel,
+}
 _OF_A_HEAD = ("bias_ptr", "own_ptr", "rounding_ptr")
-_OF_ENTROPY = ("moment_ptr", "entropy_ptr", "by_entropy_ptr")
+_OF_OPTIONS = ("moment_ptr", "entropy_ptr", "by_entropy_ptr", "ref_logp_ptr")
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,7 @@ class Variant:
     logits: str  # their dtype
     given: bool  # by the caller, and read by row; or a chunk's
     out: str | None  # dtype of the weights or gradients; None: they are not wanted
-    options: bool  # bias (of a head), softcap and entropy
+    options: bool  # bias (of a head), softcap, entropy, and the token stage's KL
     aligned: bool  # 16 divides the vocabulary and the strides
 
 
@@ -98,6 +107,9 @@ def variants() -> Iterator[Variant]:
             yield Variant("logit_gradients", "fp32", False, out, options, aligned)
         yield Variant("row_sums", "bf16", True, None, options, aligned)
         yield Variant("logit_gradients", "bf16", True, "bf16", options, aligned)
+        yield Variant("loss_gradients", "bf16", True, "bf16", options, aligned)
+    yield Variant("loss_gradients", "fp32", True, "fp32", options=True, aligned=True)
+    yield Variant("loss_gradients", "bf16", True, None, options=True, aligned=True)
     for kind in ("fp16", "fp32"):
         yield Variant("row_sums", kind, True, None, options=True, aligned=True)
         yield Variant("logit_gradients", kind, True, kind, options=True, aligned=True)
@@ -105,17 +117,22 @@ def variants() -> Iterator[Variant]:
 
 def compile_variant(variant: Variant, arch: int) -> Code:
     """Its machine code's numbers."""
-    kernel = row_sums_kernel if variant.kernel == "row_sums" else logit_gradients_kernel
+    kernel, warps = _KERNELS[variant.kernel], NUM_WARPS
     names = kernel.arg_names
     constants = {name: value for name, value in _CONSTANTS.items() if name in names}
+    if variant.kernel == "loss_gradients":
+        warps, constants["block"], constants["stages"] = ONE_WARPS, ONE_BLOCK, STAGES
+        constants |= {"kind": "ppo", "kl_kind": "k3" if variant.options else None}
     constants["has_softcap"] = variant.options
-    absent = list(_OF_A_HEAD if variant.given else ("rows_ptr", "index_ptr"))
+    absent = list(
+        (*_OF_A_HEAD, "factor_ptr") if variant.given else ("rows_ptr", "index_ptr", "factor_ptr")
+    )
     if not variant.options:
-        absent += ["bias_ptr", *_OF_ENTROPY]
+        absent += ["bias_ptr", *_OF_OPTIONS]
     if variant.out in (None, "fp32"):
         absent.append("rounding_ptr")
     if variant.out is None:
-        absent.append("weights_ptr")
+        absent += ["weights_ptr", "gradients_ptr"]
     constants |= dict.fromkeys(name for name in absent if name in names)
     kinds = dict.fromkeys(_INTEGERS, "i32")
     signature = {}
@@ -138,9 +155,9 @@ def compile_variant(variant: Variant, arch: int) -> Code:
             {(names.index(name),): [["tt.divisibility", 16]] for name in sixteen},
         ),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": NUM_WARPS},
+        options={"num_warps": warps},
     )
-    return _read(compiled.asm["cubin"], variant, arch)
+    return _read(compiled.asm["cubin"], compiled.metadata.shared, variant, arch)
 
 
 def splice_variants() -> Iterator[SpliceVariant]:
@@ -190,10 +207,10 @@ def compile_splice(variant: SpliceVariant, arch: int) -> Code:
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": SPLICE_WARPS},
     )
-    return _read(compiled.asm["cubin"], variant, arch)
+    return _read(compiled.asm["cubin"], compiled.metadata.shared, variant, arch)
 
 
-def _read(cubin: bytes, variant: Variant | SpliceVariant, arch: int) -> Code:
+def _read(cubin: bytes, shared: int, variant: Variant | SpliceVariant, arch: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -217,8 +234,8 @@ def _read(cubin: bytes, variant: Variant | SpliceVariant, arch: int) -> Code:
         variant=variant,
         registers=numbers["REG"],
         spilled_bytes=max(numbers["STACK"] + numbers["LOCAL"], local),
-        shared_bytes=numbers["SHARED"],
-        widest_load=max(_widths("LDG", code)),
+        shared_bytes=numbers["SHARED"] + shared,
+        widest_load=max(_widths("LDG(?:STS)?", code)),
         widest_store=max(_widths("STG", code)),
         narrowest_store=min(_widths("STG", code)),
     )

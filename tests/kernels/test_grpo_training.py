@@ -324,5 +324,5 @@ def test_the_custom_ops_keep_their_contracts(make_grpo_batch, wanted, spec):
     args = (*batch.leaves, batch.targets, *rows, "", 3, False, *wanted)
     assert set(torch.library.opcheck(_fused_linear_grpo_op, args).values()) == {"SUCCESS"}
     logits = (batch.hidden @ batch.weight.t()).detach().requires_grad_(wanted[0])
-    args = (logits, batch.targets, *rows, False)
+    args = (logits, batch.targets, *rows, False, wanted[0])
     assert set(torch.library.opcheck(_logits_grpo_op, args).values()) == {"SUCCESS"}
