@@ -56,7 +56,8 @@ class PagedEngine:
     - **Fork** and **truncate** change block tables. At most one block is copied, by whoever writes
       to a shared one.
     - **Greedy** calls (temperature 0) report log-probs at temperature 1.
-    - **Weights.** Change them only while no call is in flight, then ``await update_weights``. A
+    - **Weights.** Change them only while no call is in flight, then ``await update_weights``: a
+      float32 model on a CPU is copied, with weights laid out anew, and the copy made again there. A
       call in flight across it goes on under the new weights, from a prefill of all it has.
 
     ``model``: plain causal attention in every layer, through transformers' attention interface

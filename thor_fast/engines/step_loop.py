@@ -20,13 +20,15 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from thor_fast.engines.base import FinishReason, GenerateRequest, TokenChunk
-from thor_fast.engines.model_twin import forward, shadow
+from thor_fast.engines.fused_model import fuse
+from thor_fast.engines.model_twin import Step, forward, shadow
 from thor_fast.engines.paged_attention import Chunk, KVPool, PagedStep
 from thor_fast.engines.sampling import SamplingRow, noise_key, sample
 from thor_fast.engines.sessions import Session, SessionTable
@@ -88,6 +90,13 @@ class _Sequence:
         return chunk
 
 
+def _forward_of(model: PreTrainedModel) -> Callable[[Step], torch.Tensor]:
+    """What turns a step into logits: the fused model, or its own modules."""
+    twin = shadow(model)
+    fused = fuse(twin)
+    return partial(forward, twin) if fused is None else fused.forward
+
+
 class StepLoop:
     """Runs steps on its own thread while any sequence is live. See the module's diagram."""
 
@@ -101,7 +110,7 @@ class StepLoop:
         max_context: int,
     ) -> None:
         self._source = model
-        self._model = shadow(model)
+        self._forward = _forward_of(model)
         self._pool, self.table = pool, table
         self._max_sequences, self._max_context = max_sequences, max_context
         self.counters = EngineCounters()
@@ -169,8 +178,9 @@ class StepLoop:
 
     def invalidate(self, version: int) -> None:
         """New weights: sequences in flight go on from a prefill of all they have."""
-        # Anew, in case the trainer put new tensors in place of the old ones.
-        self._model = shadow(self._source)
+        # Anew: of copies, and in case the trainer put new tensors in place of the old ones.
+        del self._forward  # first, lest there are two copies at once
+        self._forward = _forward_of(self._source)
         self.table.invalidate(version)
         while self._running:
             self._suspend(self._running[-1])
@@ -275,7 +285,7 @@ class StepLoop:
         self._grow()
         pairs = self._compose()
         self._pool.copy_tails(self.table.take_copies())
-        logits = forward(self._model, PagedStep(self._pool, [chunk for _, chunk in pairs]))
+        logits = self._forward(PagedStep(self._pool, [chunk for _, chunk in pairs]))
         complete = [i for i, (s, _) in enumerate(pairs) if s.session.cached == len(s.session.ids)]
         if len(complete) < len(pairs):
             logits = logits[complete]

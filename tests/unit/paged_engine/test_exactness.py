@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thor_fast.engines.base import FinishReason
+from thor_fast.engines.fused_model import fuse
 from thor_fast.engines.model_twin import forward, probe, shadow
 from thor_fast.engines.paged import PagedEngine
 from thor_fast.engines.paged_attention import Chunk, KVPool, PagedStep
@@ -90,13 +92,19 @@ async def test_noise_belongs_to_the_position_not_to_the_call(make: Make) -> None
     assert first + second == whole
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_every_step_layout_gives_the_model_own_logits(
-    models: Any, family: str, monkeypatch: pytest.MonkeyPatch
+    models: Any, family: str, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows gathered alone, in groups and all at once, and prefill next to each of them."""
     model = models[family]
     twin = shadow(model)
+    run = partial(forward, twin)
+    if fused:
+        faster = fuse(twin)
+        assert faster is not None
+        run = faster.forward
     pool = KVPool(40, 16, 3, probe(twin))
     texts = {name: prompt(30 + name, name + 1) for name in range(9)}
     order = np.random.default_rng(0).permutation(40)
@@ -104,7 +112,7 @@ def test_every_step_layout_gives_the_model_own_logits(
     with torch.inference_mode():
         truth = {n: model(torch.tensor([ids])).logits[0] for n, ids in texts.items()}
         for n, ids in texts.items():
-            forward(twin, PagedStep(pool, [Chunk(blocks[n], 0, ids[: 10 + n])]))
+            run(PagedStep(pool, [Chunk(blocks[n], 0, ids[: 10 + n])]))
         for names, at_once in itertools.product(
             ([2, 1, 0], [7], [8, 5, 0], range(8, -1, -1)), (1, 2, 99)
         ):
@@ -113,7 +121,7 @@ def test_every_step_layout_gives_the_model_own_logits(
             rest = [n for n in texts if n not in names][:2]
             prefill = [Chunk(blocks[n], 4, texts[n][4 : 9 + n]) for n in rest]
             prefill += [Chunk(blocks[n], 0, texts[n][:20]) for n in rest[1:]]
-            logits = forward(twin, PagedStep(pool, decode + prefill[:2]))
+            logits = run(PagedStep(pool, decode + prefill[:2]))
             ends = [11 + n for n in names] + [c.start + len(c.ids) for c in prefill[:2]]
             where = [*names, *rest[: len(prefill[:2])]]
             for row, n, end in zip(logits, where, ends, strict=True):

@@ -247,6 +247,7 @@ async def test_logits_that_are_not_finite_end_the_stream(make: Make) -> None:
     driver = make("llama", initializer_range=0.1)
     with torch.no_grad():
         driver.model.model.norm.weight.fill_(float("nan"))
+    await driver.engine.update_weights(1)
     with pytest.raises(EngineError, match="logits of session 's' are not finite"):
         await driver.generate(PROMPT, 5)
 
