@@ -187,6 +187,25 @@ async def test_a_scheduler_never_overfills_a_small_pool(tokenizers, fake_sandbox
     assert engine.kv_budget.live_tokens == 0
 
 
+async def test_no_call_is_cut_where_the_pool_holds_all_there_are(tokenizers, fake_sandbox) -> None:
+    tokenizer = tokenizers.bytes
+    ids = tokenizer.encode("x" * 80 + "\n" + CALL + "\n" + "y" * 20).ids
+    engine = ScriptedEngine({(100,): [Script((*ids, EOS))]}, max_context=200, kv_tokens=400)
+    scheduler = RolloutScheduler(
+        engine,
+        fake_sandbox(lambda _: ExecutionResult(Status.OK, "1\n")),
+        PythonTool(tokenizer),
+        encode=ObservationEncoder(tokenizer),
+        limits=RolloutLimits(max_response_tokens=190),
+        sampling=SamplingParams(),
+        eos_token_ids=frozenset({EOS}),
+        group_size=2,
+        memo=False,
+    )
+    (group,) = await scheduler.run([Prompt((100,))])
+    assert [t.metrics["engine_calls"] for t in group.trajectories] == [2, 2]
+
+
 async def test_a_call_that_ran_out_of_room_goes_on(tokenizers, fake_sandbox) -> None:
     """The grant of 10 more tokens ends in the middle of a block, twice."""
     tokenizer = tokenizers.bytes

@@ -147,7 +147,7 @@ class RolloutScheduler:
         admission = Admission(
             self._engine.kv_budget,
             self._lengths,
-            max_live=self._max_live,
+            max_live=max(1, min(self._max_live, len(prompts) * self._group_size)),
             growth=self._limits.max_response_tokens,
             max_context=self._engine.capabilities.max_context,
         )
