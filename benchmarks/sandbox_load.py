@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from sandbox_accounting import CpuClock
@@ -90,21 +90,20 @@ def _block_on_all(
             result = backend.execute(request)
             answers.append(_Answer(snippet, result, time.perf_counter() - started))
 
-    threads = [threading.Thread(target=client) for _ in range(concurrency)]
     started = time.perf_counter()
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException:
-        for _ in queue:  # interrupted: what runs ends, nothing else begins
-            pass
-        for thread in threads:
-            if thread.is_alive():
-                thread.join()
-        raise
-    return time.perf_counter() - started
+    with ThreadPoolExecutor(concurrency) as clients:
+        done = [clients.submit(client) for _ in range(concurrency)]
+        try:
+            # Not by joining threads: an interrupted join takes its thread for ended.
+            wait(done)
+        except BaseException:
+            for _ in queue:  # what runs ends, nothing else begins
+                pass
+            raise
+    wall_s = time.perf_counter() - started
+    for future in done:
+        future.result()
+    return wall_s
 
 
 async def _await_all(

@@ -220,12 +220,12 @@ print(sp.limit(sp.sin({k}*x)/({m}*x), x, 0))
 
 
 def _mistakes(rng: random.Random) -> Call:
-    n = rng.randint(3, 30)
+    n, k = rng.randint(3, 30), rng.randint(3, 99_999)
     name = "".join(rng.choices("bcdfgh", k=5))
     choices: list[Call] = [
         (
-            f"values = list(range({n}))\nfor v in reversed(values):\n    print({n} * 60 // v)\n",
-            "".join(f"{n * 60 // v}\n" for v in range(n - 1, 0, -1)),
+            f"values = list(range({n}))\nfor v in reversed(values):\n    print({k} // v)\n",
+            "".join(f"{k // v}\n" for v in range(n - 1, 0, -1)),
             "ZeroDivisionError: integer division or modulo by zero",
         ),
         (
@@ -234,17 +234,17 @@ def _mistakes(rng: random.Random) -> Call:
             f"NameError: name '{name}_count' is not defined",
         ),
         (
-            f"def f(x):\n    return x + {n}\n\nprint(f(1)\nprint(f(2))\n",
+            f"def f(x):\n    return x + {k}\n\nprint(f(1)\nprint(f(2))\n",
             "",
             "SyntaxError: '(' was never closed",
         ),
         (
-            f"d = [i * i for i in range({n})]\nprint(len(d))\nassert d[-1] == 0, d[{n - 1}]\n",
+            f"d = [i * i + {k} for i in range({n})]\nprint(len(d))\nassert d[-1] == {k}, d[{n - 1}]\n",
             f"{n}\n",
-            f"AssertionError: {(n - 1) ** 2}",
+            f"AssertionError: {(n - 1) ** 2 + k}",
         ),
         (
-            f"items = [1, 2, 3]\nprint(sum(items))\nprint(items[{n}])\n",
+            f"items = [1, 2, 3]\nprint(sum(items))\nprint(items[{k}])\n",
             "6\n",
             "IndexError: list index out of range",
         ),
