@@ -239,8 +239,7 @@ def _mistakes(rng: random.Random) -> Call:
             "SyntaxError: '(' was never closed",
         ),
         (
-            f"d = [i * i + {k} for i in range({n})]\nprint(len(d))\n"
-            f"assert d[-1] == {k}, d[{n - 1}]\n",
+            f"d = [i * i + {k} for i in range({n})]\nprint({n})\nassert d[-1] == {k}, d[{n - 1}]\n",
             f"{n}\n",
             f"AssertionError: {(n - 1) ** 2 + k}",
         ),
