@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from command_line import OneLineParser, count
+from command_line import OneLineParser, count, exit_status
 from gpu_state import gpu_state
 from kv_splice_ways import CASES, LAYOUTS, WAYS, Cache, Shape, check, make_cases, ways_of
 from report import append_record, print_table
@@ -211,11 +211,7 @@ def run(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where ours is wrong, 2 on bad options, 130 if interrupted."""
     args = parse(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("kv_splice: interrupted", file=sys.stderr)
-        return 130
+    return exit_status("kv_splice", lambda: run(args))
 
 
 if __name__ == "__main__":

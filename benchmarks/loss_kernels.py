@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import OneLineParser, count
+from command_line import OneLineParser, count, exit_status
 from gpu_state import gpu_state
 from loss_given import given_table, run_given
 from loss_measure import check, floors, measure
@@ -182,11 +182,7 @@ def announce(device: torch.device, gpu: dict[str, str] | None, backends: Mapping
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 1 where ours is wrong, 2 on bad options, 130 if interrupted."""
     args = parse(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print("loss_kernels: interrupted", file=sys.stderr)
-        return 130
+    return exit_status("loss_kernels", lambda: run(args))
 
 
 if __name__ == "__main__":

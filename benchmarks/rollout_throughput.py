@@ -27,12 +27,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from command_line import OneLineParser, count
-from report import append_record, first_line, print_table, progress
+from command_line import OneLineParser, count, exit_status
+from report import append_record, print_table, progress
 from rollout_modes import MODES, Result, Rollouts
 from rollout_setup import Setup, build
 
-from thor_fast.errors import ConfigError, ThorError
+from thor_fast.errors import ConfigError
 from thor_fast.synthetic import TEST_SEED, Task, task_set
 
 RESULTS = Path(__file__).parent / "results" / "rollout_throughput.jsonl"
@@ -131,9 +131,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
-    args = parse(argv)
+def run(args: argparse.Namespace) -> int:
+    """Everything the command line asks for; returns 0, raises ``ThorError``."""
     modes = MODES if args.mode is None else (args.mode,)
     if args.mode is None and args.engine == "scripted":
         modes = tuple(mode for mode in MODES if mode != "resubmit")
@@ -143,18 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"at most {args.max_sequences} live; {', '.join(modes)}; {args.repeats} times",
         flush=True,
     )
-    try:
-        if args.mode == "resubmit" and args.engine == "scripted":
-            raise ConfigError("--mode resubmit: the scripted engine has no prefix cache")
-        setup = build(args, tasks)
-        with cast(AbstractContextManager[object], setup.sandbox):
-            results = asyncio.run(measure(setup, tasks, modes, args.repeats))
-    except ThorError as error:
-        print(f"rollout_throughput: error: {first_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("rollout_throughput: interrupted", file=sys.stderr)
-        return 130
+    if args.mode == "resubmit" and args.engine == "scripted":
+        raise ConfigError("--mode resubmit: the scripted engine has no prefix cache")
+    setup = build(args, tasks)
+    with cast(AbstractContextManager[object], setup.sandbox):
+        results = asyncio.run(measure(setup, tasks, modes, args.repeats))
     params = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     del params["output"]
     metrics = {mode: [asdict(run) for run in runs] for mode, runs in results.items()}
@@ -166,6 +158,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print_table(["", *results], table(results))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for what cannot work, 130 when interrupted."""
+    args = parse(argv)
+    return exit_status("rollout_throughput", lambda: run(args))
 
 
 if __name__ == "__main__":

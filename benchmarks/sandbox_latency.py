@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from command_line import OneLineParser, count
+from command_line import OneLineParser, count, exit_status
 from report import append_record, print_table
 from sandbox_accounting import CpuClock, cpu_clock, descendants
 from sandbox_load import Measurement, measure
@@ -31,8 +31,6 @@ from sandbox_peers.registry import BASELINE, NAMES, Backend, open_backends
 from sandbox_plot import plot
 from sandbox_results import details_table, goals_table, idle_memory, record
 from sandbox_workloads import MIXED_SET, WORKLOADS, Snippet, Workload
-
-from thor_fast.errors import ThorError
 
 RESULTS = Path(__file__).parent / "results" / "sandbox_latency.jsonl"
 # A fast backend runs as many batches as fill this time, so that its rate is not that of a blink.
@@ -127,8 +125,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    """Everything the command line asks for; raises ``ThorError``."""
+def run(args: argparse.Namespace) -> int:
+    """Everything the command line asks for; returns 0, raises ``ThorError``."""
     wanted = [n for n in NAMES if args.backend is None or n in (*args.backend, BASELINE)]
     workloads = [w for w in WORKLOADS if args.workload is None or w.name in args.workload]
     if args.install_peers:
@@ -161,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
     show_wrong(metrics)
     print(f"\nExecutions per second, median of ratios to {BASELINE} within a round:\n")
     print_table(*goals_table(workloads, metrics, memory))
+    return 0
 
 
 def announce(
@@ -196,15 +195,7 @@ def show_wrong(metrics: dict[str, dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 for what cannot work, 130 when interrupted."""
     args = parse(argv)
-    try:
-        run(args)
-    except ThorError as error:
-        print(f"sandbox_latency: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sandbox_latency: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return exit_status("sandbox_latency", lambda: run(args))
 
 
 if __name__ == "__main__":
