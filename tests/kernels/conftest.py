@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -197,3 +198,10 @@ def _row_stage(
 @pytest.fixture(scope="session")
 def row_stage() -> Callable[..., Rows]:
     return _row_stage
+
+
+@pytest.fixture
+def ieee() -> Iterator[None]:
+    """Triton's interpreter computes in numpy, which warns of infinities that a GPU works with."""
+    with np.errstate(all="ignore"):
+        yield

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -34,21 +33,11 @@ from thor_fast.kernels.hierarchical_grpo_triton import (
     split_gradients_triton,
 )
 
-# Triton 3.6's interpreter takes scalars out of arrays in a way that numpy 2.3 warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+from .under_interpreter import HEADS, SCALARS_OF_ARRAYS, TRUNCATED, VOCABS
+
+pytestmark = [pytest.mark.usefixtures("ieee"), SCALARS_OF_ARRAYS]
 
 INF, NAN = math.inf, math.nan
-HEADS = [{}, {"bias": True, "logit_scale": -0.7, "softcap": 5.0}]
-# One entry; below, at, and past one block by an odd amount; two blocks and odd.
-VOCABS = [1, 37, BLOCK, BLOCK + 1, 2 * BLOCK + 13]
-TRUNCATED = 2.0**-7  # bfloat16 has 8 bits, and the interpreter drops the rest
-
-
-@pytest.fixture(autouse=True)
-def _ieee():
-    # The interpreter computes in numpy, which warns about the infinities a GPU just computes with.
-    with np.errstate(all="ignore"):
-        yield
 
 
 def test_the_interpreter_is_on():

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 import triton
@@ -26,11 +25,11 @@ from thor_fast.kernels.hierarchical_grpo_one_kernel import BLOCK, token_settings
 from thor_fast.kernels.hierarchical_grpo_plan import Selection
 from thor_fast.kernels.hierarchical_grpo_tokens import METRICS, token_terms
 
-# Triton 3.6's interpreter takes scalars out of arrays in a way that numpy 2.3 warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+from .under_interpreter import SCALARS_OF_ARRAYS, TRUNCATED
+
+pytestmark = [pytest.mark.usefixtures("ieee"), SCALARS_OF_ARRAYS]
 
 INF, NAN = math.inf, math.nan
-TRUNCATED = 2.0**-7  # bfloat16 has 8 bits, and the interpreter drops the rest
 LN2 = math.log(2)
 
 # Bounds that ratios of 1/2, 2 and 4 and differences of 1/4 and 1/2 meet exactly.
@@ -51,13 +50,6 @@ SPECS = {
     "k3": replace(EXACT, kind="cispo", kl=KL("k3", 0.3)),
     "k3, nothing bounded": replace(EXACT, kl=KL("k3", 0.3, clamp_input=INF, clamp_output=INF)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _ieee():
-    # The interpreter computes in numpy, which warns about the infinities a GPU just computes with.
-    with np.errstate(all="ignore"):
-        yield
 
 
 @triton.jit

@@ -15,9 +15,9 @@ from thor_fast.kernels import Rope, SplicePlan, plan_append, plan_fork, plan_mov
 from thor_fast.kernels.paged_kv_splice_triton import INTERPRETED
 
 from .splice_caches import LAYOUTS, make_cache
+from .under_interpreter import SCALARS_OF_ARRAYS
 
-# Triton 3.6's interpreter takes scalars out of arrays in a way that numpy 2.3 warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+pytestmark = SCALARS_OF_ARRAYS
 
 EVERY = range(7)
 SHAPE = (2, 7, 4, 2, 12)
