@@ -35,7 +35,7 @@ def test_extras_are_exactly_these(wheel):
         metadata = Parser().parsestr(archive.read(name).decode())
     extras = metadata.get_all("Provides-Extra")
     assert sorted(extras) == sorted(
-        ["vllm", "openai", "verl", "trl", "nsjail", "serve", "test", "dev"]
+        ["vllm", "openai", "train", "math", "verl", "trl", "nsjail", "serve", "test", "dev"]
     )
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == "<3.14,>=3.11"
@@ -52,6 +52,9 @@ def test_every_direct_dependency_ci_installs_is_pinned(root, pyproject):
     wanted = [
         *pyproject["build-system"]["requires"],
         *pyproject["project"]["dependencies"],
+        *extras["openai"],
+        *extras["train"],
+        *extras["math"],
         *extras["test"],
         *extras["dev"],
     ]
