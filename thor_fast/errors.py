@@ -15,6 +15,7 @@ __all__ = [
     "SandboxError",
     "ThorError",
     "ToolError",
+    "TrainingError",
 ]
 
 
@@ -44,3 +45,7 @@ class RewardError(ThorError, ValueError):
 
 class DataError(ThorError, ValueError):
     """A token sequence, a file or a record breaks an invariant of :mod:`thor_fast.types`."""
+
+
+class TrainingError(ThorError, RuntimeError):
+    """A training run cannot go on; the message names the step and the last checkpoint."""

@@ -13,6 +13,7 @@ BUILT_INS = {
     "RewardError": ValueError,
     "SandboxError": RuntimeError,
     "ToolError": ValueError,
+    "TrainingError": RuntimeError,
 }
 
 
