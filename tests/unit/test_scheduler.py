@@ -6,6 +6,7 @@ import asyncio
 import signal
 import threading
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -264,6 +265,17 @@ async def test_seeds_depend_on_base_prompt_and_sample_only(scheduler) -> None:
     narrow = scheduler(engine, group_size=4, max_live=1, sampling=SamplingParams(seed=5))
     again = await narrow.run(prompts(3))
     assert [[t.seed for t in g.trajectories] for g in again] == seeds
+
+
+async def test_a_part_of_a_batch_is_sampled_as_in_the_whole(scheduler) -> None:
+    engine = ScriptedEngine({p.token_ids: [scheduler.script("x")] for p in prompts(4)})
+    maker = scheduler(engine, group_size=2, sampling=SamplingParams(seed=5))
+    whole = await maker.run(prompts(4))
+    numbered = [replace(prompt, number=i) for i, prompt in enumerate(prompts(4))]
+    part = await maker.run(numbered[1::2])
+    assert [[t.seed for t in g.trajectories] for g in part] == [
+        [t.seed for t in g.trajectories] for g in whole[1::2]
+    ]
 
 
 def test_seeds_are_fixed_for_ever() -> None:

@@ -46,11 +46,15 @@ Reward = Callable[[Trajectory, str], float | None]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """``reference``: what the reward compares with. ``task_id``: kept in the group."""
+    """``reference``: what the reward compares with. ``task_id``: kept in the group. ``number``:
+    what its seeds are drawn from, by default its place among the prompts; so a part of a batch that
+    runs elsewhere is sampled as in the whole.
+    """
 
     token_ids: tuple[int, ...]
     reference: str = ""
     task_id: str = ""
+    number: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +187,9 @@ class RolloutScheduler:
     ) -> None:
         admitted = time.perf_counter()
         length = None
+        number = run.prompts[prompt].number
+        base = self.sampling.seed
+        seed = trajectory_seed(base, prompt if number is None else number, sample)
         try:
             trajectory = await run_episode(
                 self._engine,
@@ -191,9 +198,7 @@ class RolloutScheduler:
                 run.prompts[prompt].token_ids,
                 self._limits,
                 encode=self._encode,
-                sampling=replace(
-                    self.sampling, seed=trajectory_seed(self.sampling.seed, prompt, sample)
-                ),
+                sampling=replace(self.sampling, seed=seed),
                 eos_token_ids=self._eos_token_ids,
                 session=f"{run.name}/{prompt}/{sample}",
                 room=partial(run.admission.room, allowance),
