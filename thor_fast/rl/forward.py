@@ -54,13 +54,13 @@ def hidden_states(model: nn.Module, batch: TrainingBatch) -> torch.Tensor:
     device = embedding.device
     inputs: dict[str, Any] = {
         "input_ids": batch.token_ids[None].to(device),
-        "position_ids": position_ids(batch)[None].to(device),
+        "position_ids": position_ids(batch, device)[None],
         "use_cache": False,
         "logits_to_keep": 1,
     }
     if batch.prefix is not None:
         _check_takes_a_mask(inner.config, attention)
-        allowed = attention_mask(batch).to(device)[None, None]
+        allowed = attention_mask(batch, device)[None, None]
         if attention == "eager":  # which adds it
             least = torch.finfo(embedding.dtype).min
             allowed = torch.zeros_like(allowed, dtype=embedding.dtype).masked_fill(~allowed, least)
@@ -81,25 +81,31 @@ def hidden_states(model: nn.Module, batch: TrainingBatch) -> torch.Tensor:
     return found[0][0]
 
 
-def position_ids(batch: TrainingBatch) -> torch.Tensor:
+def position_ids(batch: TrainingBatch, device: torch.device | str = "cpu") -> torch.Tensor:
     """[T] int64: each sequence counts from 0, or from the length of the prefix it shares."""
-    lengths = batch.cu_seqlens.diff()
     first = batch.cu_seqlens[:-1]
     if batch.prefix is not None:
         first = first - batch.prefix[:, 1]
-    return torch.arange(len(batch.token_ids)) - first.repeat_interleave(lengths)
+    return _rows(batch, device) - _by_row(first, batch, device)
 
 
-def attention_mask(batch: TrainingBatch) -> torch.Tensor:
+def attention_mask(batch: TrainingBatch, device: torch.device | str = "cpu") -> torch.Tensor:
     """[T, T] bool: whether the query (row) sees the key (column)."""
-    tokens = torch.arange(len(batch.token_ids))
-    lengths = batch.cu_seqlens.diff()
-    begin = batch.cu_seqlens[:-1].repeat_interleave(lengths)[:, None]
-    seen = (begin <= tokens) & (tokens <= tokens[:, None])
+    key, query = _rows(batch, device), _rows(batch, device)[:, None]
+    seen = (_by_row(batch.cu_seqlens[:-1], batch, device)[:, None] <= key) & (key <= query)
     if batch.prefix is None:
         return seen
-    start, length = batch.prefix.repeat_interleave(lengths, dim=0).unbind(1)
-    return seen | ((start[:, None] <= tokens) & (tokens < (start + length)[:, None]))
+    start, length = _by_row(batch.prefix, batch, device)[..., None].unbind(1)
+    return seen | ((start <= key) & (key < start + length))
+
+
+def _rows(batch: TrainingBatch, device: torch.device | str) -> torch.Tensor:
+    return torch.arange(len(batch.token_ids), device=device)
+
+
+def _by_row(values: torch.Tensor, batch: TrainingBatch, device: torch.device | str) -> torch.Tensor:
+    """[T, ...] of what [B, ...] says about each sequence."""
+    return values.repeat_interleave(batch.cu_seqlens.diff(), dim=0).to(device)
 
 
 def _check_isolates(model: Any, attention: str) -> None:
