@@ -3,22 +3,24 @@
 One optimizer update sees one mini-batch. Its micro-batches carry the counts of all of it, over all
 ranks, so their gradients add up to the single batch's, however it is split.
 
-Legend: T tokens of a micro-batch, B its sequences.
+Legend: T tokens of a micro-batch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import reduce
+from typing import Any
 
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from torch import nn
-from transformers import PreTrainedModel
 
-from thor_fast.errors import TrainingError
+from thor_fast.errors import ConfigError, TrainingError
 from thor_fast.kernels import Counts, LossOutput, selected_logprob
 from thor_fast.rl.advantages import TrainingSequence
 from thor_fast.rl.batching import TrainingBatch, pack
@@ -41,29 +43,38 @@ def mini_batches(sequences: Sequence[TrainingSequence], k: int) -> list[list[Tra
 
 
 class Learner:
-    """Model, optimizer and schedule. ``update`` changes the weights, in place."""
+    """Model, optimizer and schedule. ``update`` changes the weights, in place.
 
-    def __init__(
-        self, model: PreTrainedModel, accelerator: Accelerator, config: TrainerConfig
-    ) -> None:
-        self.model = model.to(accelerator.device)
-        self.optimizer = _adamw(model, config.optimizer)
-        self.schedule = _constant_with_warmup(self.optimizer, config.optimizer.warmup_steps)
+    ``model``: a causal model, or one in peft's hands, on the accelerator's device.
+    """
+
+    def __init__(self, model: Any, accelerator: Accelerator, config: TrainerConfig) -> None:
+        if model.get_output_embeddings().bias is not None:
+            raise ConfigError("the model's head has a bias, expected none")
+        self.model = model
         self._accelerator, self._config = accelerator, config
         self._loss = config.loss.module()
-        self._head: nn.Linear = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self._reference = _reference_of(model) if config.loss.kl_beta else None
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.optimizer = _adamw(model, config.optimizer)
+        self.schedule = _constant_with_warmup(self.optimizer, config.optimizer.warmup_steps)
 
     def update(self, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
         """One pass over the sequences of this rank, in ``mini_batches`` updates; their metrics.
 
-        Raises ``TrainingError`` for a loss or gradient that is not finite, before it is applied.
+        ``updates`` is 0 where no rank has any. Raises ``TrainingError`` for a loss or a gradient
+        that is not finite, before it is applied.
         """
         self.model.train()
-        c = self._config
-        parts = [self._packed(part) for part in mini_batches(sequences, c.mini_batches)]
-        if c.recompute_old_logprobs:
-            parts = [[self._recomputed(batch) for batch in part] for part in parts]
-        updates = [self._optimizer_step(part) for part in parts]
+        parts = [
+            [self._prepared(batch) for batch in self._packed(part)]
+            for part in mini_batches(sequences, self._config.mini_batches)
+        ]
+        try:
+            updates = [self._optimizer_step(part) for part in parts]
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
         return averaged([metrics for metrics in updates if metrics])
 
     def _packed(self, sequences: Sequence[TrainingSequence]) -> list[TrainingBatch]:
@@ -76,24 +87,43 @@ class Learner:
             normalizer=c.loss.normalizer,  # type: ignore[arg-type]
         )
 
+    def _prepared(self, batch: TrainingBatch) -> TrainingBatch:
+        """With log-probs that the engine does not know: old ones of our own, the reference's."""
+        if self._config.recompute_old_logprobs:
+            old = self._logprobs(self.model, batch)
+            cap, weight = self._config.rollout_weight_cap, None
+            if cap is not None:
+                drift = torch.where(batch.loss_mask, old - batch.old_logprobs, 0.0)
+                weight = drift.exp().clamp(max=cap)
+            batch = replace(batch, old_logprobs=old, rollout_weight=weight)
+        if self._reference is not None:
+            adapted = self._reference is self.model
+            with self.model.disable_adapter() if adapted else nullcontext():
+                reference = self._logprobs(self._reference, batch)
+            batch = replace(batch, ref_logprobs=reference)
+        return batch
+
     @torch.no_grad()
-    def _recomputed(self, batch: TrainingBatch) -> TrainingBatch:
-        """Old log-probs are the trainer's; what the engine's differ by becomes a weight."""
-        hidden = hidden_states(self.model, batch)
-        rows = selected_logprob(
-            hidden,
-            self._head.weight,
-            batch.token_ids.roll(-1).to(hidden.device),
-            self._loss.plan(batch),
-            temperature=1.0 if batch.temperature is None else batch.temperature.to(hidden.device),
-            bias=self._head.bias,
-        )
-        old = rows.roll(1).float().cpu()
-        cap, weight = self._config.rollout_weight_cap, None
-        if cap is not None:
-            drift = torch.where(batch.loss_mask, old - batch.old_logprobs, 0.0)
-            weight = drift.exp().clamp(max=cap)
-        return replace(batch, old_logprobs=old, rollout_weight=weight)
+    def _logprobs(self, model: Any, batch: TrainingBatch) -> torch.Tensor:
+        """[T] float32 on the CPU, by token; only under the mask."""
+        hidden, head = self._hidden_and_head(model, batch)
+        temperature = 1.0 if batch.temperature is None else batch.temperature.to(hidden.device)
+        targets = batch.token_ids.roll(-1).to(hidden.device)
+        plan = self._loss.plan(batch)
+        rows = selected_logprob(hidden, head, targets, plan, temperature=temperature)
+        by_token: torch.Tensor = rows.roll(1).float().cpu()
+        return by_token
+
+    def _hidden_and_head(
+        self, model: Any, batch: TrainingBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._accelerator.autocast():
+            hidden = hidden_states(model, batch)
+        weight = model.get_output_embeddings().weight
+        if self._config.mixed_precision == "bf16":
+            # What autocast would make of the head's product.
+            return hidden.bfloat16(), weight.bfloat16()
+        return hidden, weight
 
     def _optimizer_step(self, batches: list[TrainingBatch]) -> dict[str, float]:
         batches = self._with_global_counts(batches)
@@ -105,12 +135,11 @@ class Learner:
         metrics = gather_object(metrics)
         if not metrics:
             return {}
-        for parameter in self._trainable():
-            if parameter.grad is not None:
-                parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self._add_up(trainable)
         found = merged(metrics)
         limit = self._config.optimizer.max_grad_norm
-        norm = float(self._accelerator.clip_grad_norm_(self._trainable(), limit))
+        norm = float(self._accelerator.clip_grad_norm_(trainable, limit))
         found |= {"grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
         _check_finite(found)
         self.optimizer.step()
@@ -119,9 +148,18 @@ class Learner:
         return found
 
     def _forward(self, batch: TrainingBatch) -> LossOutput:
-        hidden = hidden_states(self.model, batch)
-        out: LossOutput = self._loss(hidden, self._head, batch)
+        hidden, head = self._hidden_and_head(self.model, batch)
+        out: LossOutput = self._loss(hidden, head, batch)
         return out
+
+    def _add_up(self, trainable: Sequence[nn.Parameter]) -> None:
+        """Gradients over ranks; each has counted the tokens of all of them."""
+        if self._accelerator.num_processes == 1:
+            return
+        for parameter in trainable:
+            if parameter.grad is None:  # a rank without a sequence
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
 
     def _with_global_counts(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
         """Denominators of the mini-batch over all ranks, see ``pack``."""
@@ -131,8 +169,12 @@ class Learner:
         counts = reduce(Counts.__add__, gather_object([b.counts for b in batches[:1]]), _NOTHING)
         return [replace(batch, counts=counts) for batch in batches]
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+
+def _reference_of(model: Any) -> Any:
+    """The model as it is now: behind an adapter it stays, otherwise it is copied."""
+    if hasattr(model, "disable_adapter"):
+        return model
+    return copy.deepcopy(model).requires_grad_(False).eval()
 
 
 def _adamw(model: nn.Module, o: OptimizerSettings) -> torch.optim.AdamW:

@@ -2,78 +2,139 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from rich.console import Console
+from rich.progress import Progress, TaskID
 
 from thor_fast.types import RolloutGroup, Trajectory
 
-__all__ = ["MetricsLog", "rollout_metrics"]
+__all__ = ["METRICS_FILE", "MetricsLog", "episode_rows", "rollout_metrics"]
 
-_SCHEMA_VERSION = 1
 METRICS_FILE = "metrics.jsonl"
+_SCHEMA_VERSION = 1
+_SHOWN = ("reward", "call_success", "loss", "grad_norm", "step_s")
+
+Row = dict[str, float | None]
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+def episode_rows(groups: Sequence[RolloutGroup]) -> list[Row]:
+    """What :func:`rollout_metrics` averages, of each trajectory."""
+    return [_row(t) for group in groups for t in group.trajectories]
+
+
+def _row(trajectory: Trajectory) -> Row:
+    passed = [call.passed for call in trajectory.tool_calls]
+    return {
+        "reward": trajectory.reward,
+        "calls": float(len(passed)),
+        "calls_run": float(sum(p is not None for p in passed)),
+        "calls_passed": float(sum(p is True for p in passed)),
+        "first_call_success": None if not passed or passed[0] is None else float(passed[0]),
+        "response_tokens": float(len(trajectory) - len(trajectory.prompt_ids)),
+    }
+
+
+def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
     """Of everything that was rolled out in a step, whether trained on or not.
 
-    ``reward``: mean over the scored. ``unscored``: how many were not. ``call_success``: share of
+    ``reward``: mean over the scored; ``unscored``: how many were not. ``call_success``: share of
     the calls that ran; ``first_call_success``: of the episodes' first ones. A mean over nothing is
     left out.
     """
-    trajectories = [t for group in groups for t in group.trajectories]
-    calls = [c.passed for t in trajectories for c in t.tool_calls if c.passed is not None]
-    firsts = [_first_passed(t) for t in trajectories]
-    means: dict[str, Sequence[float | None]] = {
-        "reward": [t.reward for t in trajectories],
-        "call_success": calls,
-        "first_call_success": firsts,
-        "response_tokens": [len(t) - len(t.prompt_ids) for t in trajectories],
-        "calls": [len(t.tool_calls) for t in trajectories],
-    }
     found = {
-        "trajectories": float(len(trajectories)),
-        "unscored": float(sum(t.reward is None for t in trajectories)),
+        "trajectories": float(len(rows)),
+        "unscored": float(sum(row["reward"] is None for row in rows)),
     }
-    for name, values in means.items():
-        known = [float(v) for v in values if v is not None]
+    for name in ("reward", "first_call_success", "response_tokens", "calls"):
+        known = [v for row in rows if (v := row[name]) is not None]
         if known:
             found[name] = sum(known) / len(known)
+    ran = sum(row["calls_run"] or 0.0 for row in rows)
+    if ran:
+        found["call_success"] = sum(row["calls_passed"] or 0.0 for row in rows) / ran
     return found
 
 
-def _first_passed(trajectory: Trajectory) -> bool | None:
-    return trajectory.tool_calls[0].passed if trajectory.tool_calls else None
-
-
 class MetricsLog:
-    """``log`` a step's numbers: appended to ``metrics.jsonl`` in ``folder``, given to the trackers,
-    printed.
+    """``log`` a step's numbers: appended to ``metrics.jsonl``, given to the trackers, shown.
+
+    ``done``: steps that are not run again; what a run that was cut off wrote of later ones is
+    removed. A terminal gets a bar, anything else a line per step.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path | None, steps: int) -> None:
-        self._accelerator, self._steps = accelerator, steps
-        self._console = Console(stderr=True)
+    def __init__(
+        self, accelerator: Accelerator, folder: Path | None, *, config: Any, done: int
+    ) -> None:
+        self._accelerator, self._steps = accelerator, config.steps
         self._file: TextIO | None = None
-        if folder is not None and accelerator.is_main_process:
-            self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._console = Console(stderr=True, soft_wrap=True)
+        if accelerator.log_with:
+            accelerator.init_trackers(
+                "thor_fast",
+                config=flat(config),
+                init_kwargs={"tensorboard": {"purge_step": done + 1}},
+            )
+        if not accelerator.is_main_process:
+            return
+        if folder is not None:
+            path = folder / METRICS_FILE
+            _keep_steps(path, done)
+            self._file = path.open("a", encoding="utf-8")
+        if self._console.is_terminal:
+            self._bar = Progress(console=self._console)
+            self._bar.start()
+            self._task = self._bar.add_task("steps", total=self._steps, completed=done)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Numbers of step ``step``, counted from 1."""
+        self._accelerator.log(metrics, step=step)
         if not self._accelerator.is_main_process:
             return
         if self._file is not None:
             record = {"schema_version": _SCHEMA_VERSION, "step": step, **metrics}
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        shown = ("reward", "call_success", "loss", "grad_norm", "step_s")
-        values = "  ".join(f"{n} {metrics[n]:.4g}" for n in shown if n in metrics)
-        self._console.print(f"step {step}/{self._steps}  {values}", highlight=False)
+        values = "  ".join(f"{n} {metrics[n]:.4g}" for n in _SHOWN if n in metrics)
+        if self._bar is None:
+            self._console.print(f"step {step}/{self._steps}  {values}", highlight=False)
+        else:
+            self._bar.update(self._task, completed=step, description=values)
 
     def close(self) -> None:
+        """Give the trackers and the terminal back."""
+        self._accelerator.end_training()
+        if self._bar is not None:
+            self._bar.stop()
         if self._file is not None:
             self._file.close()
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """A dataclass's fields by dotted name, as trackers and comparisons want them."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{f.name}.{name}": part for name, part in flat(value).items()}
+        else:
+            found[f.name] = value
+    return found
+
+
+def _keep_steps(path: Path, done: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    # The last line may be half of one.
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+    draft = path.with_suffix(".partial")
+    draft.write_text("".join(kept), encoding="utf-8")
+    draft.replace(path)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from thor_fast.errors import ConfigError
-from thor_fast.kernels import LossSpec
+from thor_fast.kernels import KL, LossSpec
 from thor_fast.rl.advantages import AdvantagePolicy
 from thor_fast.rl.losses import HierarchicalGRPOLoss
 from thor_fast.rollout.limits import RolloutLimits
 
-__all__ = ["LossSettings", "OptimizerSettings", "TrainerConfig"]
+__all__ = ["LoraSettings", "LossSettings", "OptimizerSettings", "TrainerConfig"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class OptimizerSettings:
 class LossSettings:
     """See ``LossSpec`` and ``HierarchicalGRPOLoss`` for what each of them does.
 
-    ``episode_weight`` and ``step_weight``: of the two levels' means in the sum.
+    ``episode_weight`` and ``step_weight``: of the two levels' means in the sum. ``kl_beta``: weight
+    of the k3 estimate of the divergence from the model as it was before training; 0: none is kept.
     """
 
     kind: str = "ppo"
@@ -53,6 +54,7 @@ class LossSettings:
     clip_high: float = 0.28
     dual_clip: float = 3.0
     nll_alpha: float = 0.01
+    kl_beta: float = 0.0
     entropy_coef: float = 0.0
     agg: str = "token-mean"
     norm_tokens: int | None = None
@@ -74,6 +76,7 @@ class LossSettings:
                 clip_high=self.clip_high,
                 dual_clip=self.dual_clip,
                 nll_alpha=self.nll_alpha,
+                kl=KL("k3", self.kl_beta) if self.kl_beta else None,
                 entropy_coef=self.entropy_coef,
             )
             return HierarchicalGRPOLoss(
@@ -85,6 +88,25 @@ class LossSettings:
             )
         except ValueError as error:
             raise ConfigError(f"[loss] {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Train an adapter (peft) and leave the model as it is. ``target_modules``: as peft takes it;
+    ``all-linear`` is all but the head.
+    """
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: str = "all-linear"
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, expected >= 1")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}, expected 0 to below 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +122,8 @@ class TrainerConfig:
     first update, not against those the engine sampled with; ``rollout_weight_cap``: then weigh
     tokens by the ratio of these two, at most so much (truncated importance sampling).
     ``max_live``: episodes at a time, the engine's limit by default.
+    ``mixed_precision``: ``no`` or ``bf16`` (autocast; weights and optimizer stay as they are).
+    ``trackers``: accelerate's, by name, separated by commas.
     """
 
     steps: int = 100
@@ -114,18 +138,28 @@ class TrainerConfig:
     recompute_old_logprobs: bool = False
     rollout_weight_cap: float | None = None
     max_live: int | None = None
+    mixed_precision: str = "no"
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    trackers: str = ""
     limits: RolloutLimits = field(default_factory=RolloutLimits)
     advantages: AdvantagePolicy = field(default_factory=AdvantagePolicy)
     loss: LossSettings = field(default_factory=LossSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    lora: LoraSettings | None = None
 
     def __post_init__(self) -> None:
         for name in (
             "steps", "train_prompts", "group_size", "max_batches", "mini_batches",
-            "micro_batch_tokens",
+            "micro_batch_tokens", "checkpoint_every", "keep_checkpoints",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, expected >= 1")
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ConfigError(
+                f"mixed_precision is {self.mixed_precision!r}, expected 'no' or 'bf16'"
+            )
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}, expected 0 to 2**63 - 1")
         if not self.temperature > 0:

@@ -20,24 +20,32 @@ Who waits for whom (one column each; time runs down)::
 Rollouts and updates alternate: a step's trajectories are all of one weight version, and the engine
 is idle while weights change. Steps are a pure function of the weights before them, the seed and
 their number, so a run that was cut off goes on as if it had not been.
+
+With several ranks (``accelerate launch``) each has an engine and a sandbox of its own and rolls out
+its share of the prompts. They meet where groups are counted, where gradients are added up, and when
+a checkpoint is written.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from accelerate import Accelerator  # type: ignore[import-untyped]
+import torch
+from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from thor_fast.engines.base import Engine, SamplingParams
 from thor_fast.errors import ThorError, TrainingError
 from thor_fast.rl.advantages import hierarchical_advantages
-from thor_fast.rl.collect import Collected, PromptOrder, collect
+from thor_fast.rl.collect import Collected, Collector, PromptOrder
 from thor_fast.rl.learner import Learner
-from thor_fast.rl.progress import MetricsLog, rollout_metrics
+from thor_fast.rl.model_setup import accelerator_of, adapted
+from thor_fast.rl.progress import MetricsLog, episode_rows, rollout_metrics
+from thor_fast.rl.resume import Checkpointing, RunState
 from thor_fast.rl.settings import TrainerConfig
 from thor_fast.rollout.scheduler import Prompt, Reward, RolloutScheduler, trajectory_seed
 from thor_fast.sandbox.base import Sandbox
@@ -51,7 +59,11 @@ class Trainer:
 
     ``engine`` samples from the same weights: a ``PagedEngine`` over ``model``. ``encode`` and
     ``eos_token_ids``: as for ``RolloutScheduler``. ``reward(trajectory, reference)`` gives a score,
-    or ``None`` where there is none. ``output_dir``: where metrics are written; made if missing.
+    or ``None`` where there is none. ``output_dir``: where metrics and checkpoints go; made if
+    missing. ``resume``: go on from the newest checkpoint there, if there is one.
+
+    Raises ``ConfigError`` for an ``output_dir`` with checkpoints that is not to be resumed, or that
+    is of a run with other settings.
     """
 
     def __init__(
@@ -67,14 +79,14 @@ class Trainer:
         eos_token_ids: frozenset[int],
         config: TrainerConfig,
         output_dir: Path | None = None,
+        resume: bool = False,
     ) -> None:
-        self.config, self._engine = config, engine
-        self._accelerator = Accelerator()
+        self.config, self.engine = config, engine
+        self._output_dir = output_dir
+        self._accelerator = accelerator_of(config, output_dir)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
-        self._output_dir = output_dir
-        self._order = PromptOrder(prompts, config.seed)
-        self._scheduler = RolloutScheduler(
+        scheduler = RolloutScheduler(
             engine,
             sandbox,
             tool,
@@ -86,66 +98,103 @@ class Trainer:
             reward=reward,
             max_live=config.max_live,
         )
-        self._learner = Learner(model, self._accelerator, config)
-        self.step = 0
-        """Steps done."""
-        self.skipped_steps = 0
-        """Those of them that found nothing to learn from."""
-        self._position = 0
+        self._collector = Collector(
+            scheduler,
+            PromptOrder(prompts, config.seed),
+            config.advantages,
+            config.train_prompts,
+            config.max_batches,
+            self._accelerator.process_index,
+            self._accelerator.num_processes,
+            gather_object,
+        )
+        model.to(self._accelerator.device)
+        self._learner = Learner(adapted(model, config.lora), self._accelerator, config)
+        self._checkpoints = Checkpointing(self._learner, self._accelerator, config, output_dir)
+        self.state: RunState = self._checkpoints.begin(resume=resume)
 
     def train(self) -> list[dict[str, float]]:
-        """Steps until ``config.steps`` are done; returns the metrics of each.
+        """Steps until ``config.steps`` are done; returns the metrics of those done here.
 
-        Raises ``TrainingError`` where a step cannot be done; the weights are those before it.
+        Raises ``TrainingError`` where a step cannot be done; it names the last checkpoint, which is
+        what to go on from.
         """
-        log = MetricsLog(self._accelerator, self._output_dir, self.config.steps)
+        log = MetricsLog(
+            self._accelerator, self._output_dir, config=self.config, done=self.state.step
+        )
         history = []
         try:
             with asyncio.Runner() as runner:
-                while self.step < self.config.steps:
+                if self.state.weight_version > self.engine.weight_version:
+                    runner.run(self.engine.update_weights(self.state.weight_version))
+                while self.state.step < self.config.steps:
                     try:
                         metrics = runner.run(self._step())
-                    except ThorError as error:
-                        raise TrainingError(f"step {self.step + 1}: {error}") from error
-                    self.step += 1
-                    log.log(self.step, metrics)
+                    except (ThorError, RuntimeError, MemoryError) as error:
+                        self._explain(error)
+                        raise
+                    log.log(self.state.step, metrics)
                     history.append(metrics)
+                    self._checkpoints.after_step(self.state, metrics)
         finally:
             log.close()
         return history
 
+    def _explain(self, error: Exception) -> None:
+        """Raise ``TrainingError`` for what is no bug of ours."""
+        hint = ""
+        if _is_out_of_memory(error):
+            size = self.config.micro_batch_tokens
+            hint = f"; out of memory: try fewer micro_batch_tokens than {size}"
+        elif not isinstance(error, ThorError):
+            return
+        raise TrainingError(
+            f"step {self.state.step + 1}: {error}{hint}; {self._checkpoints.describe()}"
+        ) from error
+
     async def _step(self) -> dict[str, float]:
-        c, started = self.config, time.perf_counter()
-        found = await collect(
-            self._scheduler,
-            self._order,
-            self._position,
-            prompts=c.train_prompts,
-            max_batches=c.max_batches,
-            seed=trajectory_seed(c.seed, self.step, 0),
-            policy=c.advantages,
-        )
+        c, state, started = self.config, self.state, time.perf_counter()
+        seed = trajectory_seed(c.seed, state.step, 0)
+        found = await self._collector.collect(state.position, seed)
         rolled_out = time.perf_counter()
+        metrics = self._of_rollouts(found)
         sequences = hierarchical_advantages(found.groups, [], c.advantages)
-        metrics = _of_rollouts(found)
-        if sequences:
-            metrics |= self._learner.update(sequences)
-            await self._engine.update_weights(self._engine.weight_version + 1)
+        metrics |= self._learner.update(sequences)
+        if metrics["updates"]:
+            state.weight_version = self.engine.weight_version + 1
+            await self.engine.update_weights(state.weight_version)
         else:
-            self.skipped_steps += 1
-        self._position = found.position
-        metrics |= {
-            "skipped_steps": float(self.skipped_steps),
+            state.skipped_steps += 1
+        state.step += 1
+        state.position = found.position
+        ended = time.perf_counter()
+        return metrics | {
+            "skipped_steps": float(state.skipped_steps),
             "rollout_s": rolled_out - started,
-            "update_s": time.perf_counter() - rolled_out,
-            "step_s": time.perf_counter() - started,
+            "update_s": ended - rolled_out,
+            "step_s": ended - started,
         }
-        return metrics
+
+    def _of_rollouts(self, found: Collected) -> dict[str, float]:
+        wanted = self.config.train_prompts
+        if found.kept < wanted and not self.state.warned:
+            self.state.warned = True
+            warnings.warn(
+                f"step {self.state.step + 1}: {found.batches} batches of {wanted} prompts gave "
+                f"{found.informative} groups to learn from, expected {wanted}; training on what "
+                "there is, here and in later steps (metrics: groups, skipped_steps)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return rollout_metrics(gather_object(episode_rows(found.sampled))) | {
+            "batches": float(found.batches),
+            "groups": float(found.kept),
+            "informative": found.informative / (wanted * found.batches),
+        }
 
 
-def _of_rollouts(found: Collected) -> dict[str, float]:
-    return rollout_metrics(found.sampled) | {
-        "batches": float(found.batches),
-        "groups": float(len(found.groups)),
-        "informative": found.informative / len(found.sampled),
-    }
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch has no class of its own for it.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        "allocate memory" in str(error)
+    )

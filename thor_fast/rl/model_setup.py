@@ -1,0 +1,56 @@
+"""What is put around a model before it is trained: accelerate, an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
+
+from thor_fast.errors import ConfigError
+from thor_fast.rl.settings import LoraSettings, TrainerConfig
+
+__all__ = ["accelerator_of", "adapted"]
+
+
+def accelerator_of(config: TrainerConfig, output_dir: Path | None) -> Accelerator:
+    """Accelerate's view of the machine, with the trackers asked for.
+
+    Raises ``ConfigError`` for a tracker that is unknown or not installed.
+    """
+    names = [name.strip() for name in config.trackers.split(",") if name.strip()]
+    if names and output_dir is None:
+        raise ConfigError(f"trackers is {config.trackers!r}, expected an output_dir with them")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=names or None,
+            project_dir=None if output_dir is None else str(output_dir),
+        )
+    except ValueError as error:
+        raise ConfigError(f"accelerate refuses the settings: {error}") from error
+    missing = set(names) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
+    if missing:
+        raise ConfigError(f"tracker {min(missing)!r} is not installed")
+    return accelerator
+
+
+def adapted(model: PreTrainedModel, lora: LoraSettings | None) -> Any:
+    """``model`` with a fresh adapter in its layers, or as it is.
+
+    peft puts its layers into ``model`` itself, so an engine over ``model`` runs them, too, from its
+    next ``update_weights`` on; until then they change nothing.
+    """
+    if lora is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, settings)
