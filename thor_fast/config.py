@@ -1,7 +1,8 @@
 """Frozen dataclasses <-> TOML: a section is a dataclass, a key is a field, nothing is dropped.
 
-A field is an ``int``, ``float``, ``bool`` or ``str``, one of these ``| None`` (absent in the file),
-or another dataclass (a sub-section). An ``int`` will do for a ``float``; nothing else is converted.
+A field is an ``int``, ``float``, ``bool`` or ``str``, a ``Literal`` of strings, one of these
+``| None`` (absent in the file), or another dataclass (a sub-section). An ``int`` will do for a
+``float``; nothing else is converted.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def dump_toml(config: Any) -> str:
 
 
 def _value(value: Any, hint: Any, path: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             return from_mapping(value, typing.cast(type, option), path)
@@ -73,13 +74,22 @@ def _value(value: Any, hint: Any, path: str) -> Any:
             return float(value)
         if type(value) is option:  # exactly: True is not an int here
             return value
+        if typing.get_origin(option) is typing.Literal and value in typing.get_args(option):
+            return value
     raise ConfigError(f"{path} is {value!r} ({type(value).__name__}), expected {_name(hint)}")
 
 
+def _is_union(hint: Any) -> bool:
+    # ``Literal[...] | None`` is one of typing's own kind.
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
 def _name(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(hint))
     if dataclasses.is_dataclass(hint):
         return "a section"
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return " or ".join(_name(o) for o in typing.get_args(hint) if o is not types.NoneType)
     return str(getattr(hint, "__name__", hint))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -142,6 +143,21 @@ def test_nested_sections() -> None:
     assert from_mapping(tomllib.loads(text), Outer) == outer
     with pytest.raises(ConfigError, match=r"\[inner.limits\] unknown key 'x'"):
         from_mapping({"inner": {"name": "x", "limits": {"x": 1}}}, Outer)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    mode: Literal["fast", "exact"] = "fast"
+    other: Literal["fast", "exact"] | None = None
+
+
+def test_choices() -> None:
+    assert from_mapping({"mode": "exact", "other": "fast"}, Choice) == Choice("exact", "fast")
+    assert from_mapping(tomllib.loads(dump_toml(Choice("exact"))), Choice) == Choice("exact")
+    with pytest.raises(ConfigError, match=r"mode is 'slow' \(str\), expected 'fast' or 'exact'$"):
+        from_mapping({"mode": "slow"}, Choice)
+    with pytest.raises(ConfigError, match=r"other is 1 \(int\), expected 'fast' or 'exact'$"):
+        from_mapping({"other": 1}, Choice)
 
 
 def test_what_toml_has_no_word_for_is_refused() -> None:
