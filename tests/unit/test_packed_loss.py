@@ -224,3 +224,14 @@ def test_counts_add_up_over_ranks():
     total = reduce(type(ranks[0][0].counts).__add__, (batches[0].counts for batches in ranks))
     batches = [dataclasses.replace(b, counts=total) for batches in ranks for b in batches]
     assert_same(run(model, loss, batches), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["weighted", "by_sequence"])
+def test_autocast_is_near_float32(name):
+    """As far as bfloat16's rounding of a model of this size goes; sharing prefixes as well."""
+    loss, model = LOSSES[name], make_model()
+    expected = run(model, loss, pack(make_sequences(), max_tokens=1000))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(model, loss, pack(make_sequences(), max_tokens=60, share_prefixes=True))
+    assert_same(found, expected, 8e-2)
+    assert all(g.dtype is torch.float32 for g in found[1].values())
