@@ -228,7 +228,10 @@ def _head(lm_head: nn.Linear | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
         return _gathered(lm_head.weight), bias
     if isinstance(lm_head, torch.Tensor):
         return _gathered(lm_head), None
-    raise TypeError(f"lm_head is {type(lm_head).__name__}, expected torch.nn.Linear or a tensor")
+    kind = type(lm_head)
+    raise TypeError(
+        f"lm_head is {kind.__module__}.{kind.__name__}, expected torch.nn.Linear or a tensor"
+    )
 
 
 def _gathered(parameter: torch.Tensor) -> torch.Tensor:
