@@ -28,7 +28,7 @@ Rolling back rewinds tokens, log-probs and mask together, and may cut inside a s
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,7 @@ import numpy.typing as npt
 from thor_fast.errors import DataError
 
 __all__ = [
+    "Attempt",
     "ExecutionRequest",
     "ExecutionResult",
     "RolloutGroup",
@@ -72,6 +73,8 @@ class StopReason(enum.Enum):
     """The model asked for one more call than ``RolloutLimits.max_tool_calls``; it did not run."""
     OBSERVATION_OVERFLOW = "observation_overflow"
     """The observation did not fit in what was left of the budget; it was not appended."""
+    CALL_DONE = "call_done"
+    """The one call that was asked for has its result (``run_episode(one_call=True)``)."""
     DEADLINE = "deadline"
     """``RolloutLimits.deadline_s`` passed."""
     TOOL_FAILURE = "tool_failure"
@@ -213,7 +216,8 @@ class ToolCall:
 
     ``start`` and ``end`` are positions in :attr:`Trajectory.token_ids`: the half-open range of the
     tokens that hold the block from its opening fence to its closing one. ``result`` is ``None``
-    while it runs, or when the trajectory ended before it could.
+    while it runs, or when the trajectory ended before it could. ``attempt``: how many others at
+    this place failed and were rolled back before it ran.
     """
 
     code: str
@@ -221,11 +225,30 @@ class ToolCall:
     end: int
     result: ExecutionResult | None = None
     observation: str = ""
+    attempt: int = 0
 
     @property
     def passed(self) -> bool | None:
         """``result.passed``; ``None`` when it never ran or the infrastructure failed."""
         return None if self.result is None else self.result.passed
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A failed call that self-correction rolled back: kept to be looked at, seen by no model.
+
+    ``segments``: what was there from position ``cut`` on, up to the end of the block. ``call``:
+    with the positions it had; ``call_index``: its place in :attr:`Trajectory.tool_calls`.
+    ``reseeded``: as in :class:`Trajectory`, from ``cut`` on. ``hint``: so many TOOL tokens were put
+    at ``cut`` in place of all this.
+    """
+
+    cut: int
+    segments: tuple[Segment, ...]
+    call: ToolCall
+    call_index: int
+    reseeded: tuple[tuple[int, int], ...] = ()
+    hint: int = 0
 
 
 @dataclass(slots=True)
@@ -234,7 +257,9 @@ class Trajectory:
 
     ``reward`` is ``None`` until scored, and stays so where the infrastructure failed.
     ``weight_version`` is the engine's version of the weights that sampled it, ``seed`` what its
-    sampling noise was drawn from.
+    sampling noise was drawn from: up to the first of the (position, seed) pairs of ``reseeded``, in
+    which another one takes over from that position on. ``attempts``: failed calls that were rolled
+    back, in the order they ran.
     """
 
     prompt_ids: tuple[int, ...]
@@ -246,6 +271,8 @@ class Trajectory:
     weight_version: int = 0
     error: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    reseeded: list[tuple[int, int]] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + sum(len(s) for s in self.segments)
@@ -288,8 +315,15 @@ class Trajectory:
             segment = Segment(segment.source, last.token_ids + segment.token_ids, logprobs)
         self.segments.append(segment)
 
+    def seed_at(self, position: int) -> int:
+        """What the noise of the token at ``position`` is drawn from."""
+        return next((s for p, s in reversed(self.reseeded) if p <= position), self.seed)
+
     def truncate(self, length: int) -> None:
-        """Keep the first ``length`` tokens (prompt counted); calls that no longer fit go too."""
+        """Keep the first ``length`` tokens (prompt counted); calls that no longer fit go too.
+
+        Attempts stay: they are no part of the tokens.
+        """
         if not len(self.prompt_ids) <= length <= len(self):
             raise DataError(
                 f"truncate to {length} tokens, expected {len(self.prompt_ids)} (the prompt) "
@@ -304,6 +338,7 @@ class Trajectory:
             room -= len(segment)
         self.segments = kept
         self.tool_calls = [c for c in self.tool_calls if c.end <= length]
+        self.reseeded = [(p, s) for p, s in self.reseeded if p < length]
         self.stop_reason = None
 
 
@@ -343,11 +378,12 @@ class StepGroup:
     @property
     def rewards(self) -> list[float | None]:
         """1.0 where the re-sampled call passed, 0.0 where it failed, ``None`` where unknown."""
-        return [_call_reward(t.tool_calls) for t in self.continuations]
+        return [_call_reward(t) for t in self.continuations]
 
 
-def _call_reward(calls: Sequence[ToolCall]) -> float | None:
-    if not calls:
-        return 0.0
-    passed = calls[0].passed
+def _call_reward(trajectory: Trajectory) -> float | None:
+    if not trajectory.tool_calls:
+        stop = trajectory.stop_reason
+        return None if stop is not None and stop.is_infrastructure else 0.0
+    passed = trajectory.tool_calls[0].passed
     return None if passed is None else float(passed)

@@ -84,6 +84,16 @@ def test_truncate_drops_calls_that_no_longer_fit() -> None:
     assert [c.code for c in trajectory.tool_calls] == ["a"]
 
 
+def test_seeds_take_over_from_each_other_and_go_with_their_tokens() -> None:
+    trajectory, _ = build((1,), [(MODEL, (1, 2, 3, 4))])
+    trajectory.seed, trajectory.reseeded = 7, [(2, 8), (4, 9)]
+    assert [trajectory.seed_at(p) for p in range(6)] == [7, 7, 8, 8, 9, 9]
+    trajectory.truncate(4)
+    assert [trajectory.seed_at(p) for p in range(6)] == [7, 7, 8, 8, 8, 8]
+    trajectory.truncate(2)
+    assert trajectory.reseeded == []
+
+
 @pytest.mark.parametrize("length", [0, 4])
 def test_truncate_out_of_range(length: int) -> None:
     trajectory, _ = build((1,), [(TOOL, (2, 3))])
@@ -127,9 +137,10 @@ def test_group_rewards_keep_not_scored_apart_from_zero() -> None:
 def test_step_group() -> None:
     parent, _ = build((1, 2), [(MODEL, (3, 4))])
     ran = [Status.OK, Status.ERROR, Status.INFRA]
-    children = [Trajectory((1, 2, 3)) for _ in range(4)]
+    children = [Trajectory((1, 2, 3)) for _ in range(5)]
     for child, status in zip(children, ran, strict=False):
         child.tool_calls = [ToolCall("x", 3, 4, ExecutionResult(status))]
-    assert StepGroup(parent, 0, (1, 2, 3), children).rewards == [1.0, 0.0, None, 0.0]
+    children[4].stop_reason = StopReason.ENGINE_FAILURE  # before it could write a call
+    assert StepGroup(parent, 0, (1, 2, 3), children).rewards == [1.0, 0.0, None, 0.0, None]
     with pytest.raises(DataError, match="prefix of 3 tokens is not a prefix of the parent's"):
         StepGroup(parent, 0, (1, 2, 9), [])

@@ -42,10 +42,11 @@ _SMALLEST_RAISE_TOKENS = 64
 class Allowance:
     """What one trajectory may use, in blocks: ``granted`` now, ``most`` ever.
 
-    ``wanted``: tokens, while it waits for a higher grant. ``decided``: set with the next grant.
+    ``n_start``: tokens it began with. ``wanted``: tokens, while it waits for a higher grant.
+    ``decided``: set with the next grant.
     """
 
-    n_prompt: int
+    n_start: int
     most: int
     granted: int = 0
     wanted: int = 0
@@ -77,10 +78,13 @@ class Admission:
         self._live: list[Allowance] = []  # in the order of admission
         self._entering: deque[Allowance] = deque()
 
-    async def enter(self, n_prompt: int) -> Allowance:
-        """Wait, first come, first served, until one more trajectory may be live."""
-        most = max(min(n_prompt + self._growth, self._max_context), n_prompt + 1)
-        allowance = Allowance(n_prompt, self._blocks(most))
+    async def enter(self, n_start: int, n_response: int = 0) -> Allowance:
+        """Wait, first come, first served, until one more trajectory may be live.
+
+        It begins with ``n_start`` tokens, ``n_response`` of which count as growth already.
+        """
+        most = max(min(n_start + self._growth - n_response, self._max_context), n_start + 1)
+        allowance = Allowance(n_start, self._blocks(most))
         self._entering.append(allowance)
         self._share_out()
         try:
@@ -106,7 +110,7 @@ class Admission:
         else:
             self._entering.remove(allowance)
         if n_tokens is not None:
-            self._lengths.append(n_tokens - allowance.n_prompt)
+            self._lengths.append(n_tokens - allowance.n_start)
         self._share_out()
 
     @property
@@ -130,7 +134,7 @@ class Admission:
             newcomer = self._entering[0]
             blocks = newcomer.most
             if self._max_live * blocks > self._pool:
-                blocks = min(blocks, self._blocks(newcomer.n_prompt + self.expected_growth + 1))
+                blocks = min(blocks, self._blocks(newcomer.n_start + self.expected_growth + 1))
             if not self._fits(newcomer, blocks):
                 break
             self._live.append(self._entering.popleft())

@@ -22,6 +22,11 @@ episodes. One block costs one engine call, ended at the *closing* fence. Where t
 ``watch`` in step, the tokens come here first, those behind the fence are dropped and the engine is
 told to forget them.
 
+With a ``BacktrackPolicy`` a failed call is rolled back instead of answered (``backtrack.py``): the
+engine forgets the KV behind the cut, a fresh detector is shown what is left of the turn, and the
+next tokens are drawn from another seed. With ``one_call`` the episode is over when its first call
+has a result.
+
 Each kept token is shown to the detector once. Tokens are appended as they were sampled, with their
 log-probs, and never encoded again. Whatever happens to model, sandbox or engine is recorded in the
 trajectory; what raises out of here is a bug, misuse, or cancellation.
@@ -33,14 +38,22 @@ import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from thor_fast.engines.base import Engine, FinishReason, GenerateRequest, SamplingParams, TokenChunk
 from thor_fast.errors import DataError, EngineError
+from thor_fast.rollout.backtrack import (
+    BacktrackPolicy,
+    attempts_at,
+    restore_best,
+    retry_position,
+    roll_back,
+)
 from thor_fast.rollout.early import EarlyRuns
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.memo import SnippetMemo
 from thor_fast.rollout.splice import splice_observation
+from thor_fast.rollout.watcher import Watcher
 from thor_fast.sandbox.base import Sandbox
 from thor_fast.tools.base import DetectedCall, Tool, ToolDetector
 from thor_fast.types import (
@@ -70,6 +83,8 @@ async def run_episode(
     room: Callable[[int], Awaitable[int]] | None = None,
     memo: SnippetMemo | None = None,
     trajectory: Trajectory | None = None,
+    backtrack: BacktrackPolicy | None = None,
+    one_call: bool = False,
 ) -> Trajectory:
     """Run one episode and return its trajectory, which has a ``stop_reason``.
 
@@ -79,28 +94,27 @@ async def run_episode(
     ``admission.py``); where that ends a call, another one follows.
     ``memo``: shared with other episodes, so that equal pure snippets run once.
     ``trajectory``: filled in place if given, so that a caller who cancels still sees what there is
-    (``CANCELLED``); it must be empty.
+    (``CANCELLED``). What it holds already is kept, counts for the limits, and the episode goes on
+    behind it; a call that ends with its last token is run again.
+    ``backtrack``: failed calls are tried again; ``one_call``: end with the first call's result.
 
     ``metrics``: seconds ``generate_s`` (awaiting the engine), ``room_s`` (awaiting ``room``),
     ``tool_s`` (awaiting the sandbox), ``tool_wait_s`` (the part of it in which the snippet was not
     running); counts ``engine_calls``, ``early_runs`` (blocks begun before they were complete),
-    ``memo_hits`` (blocks that need not run), ``dropped_tokens`` (sampled past a fence), and, from
-    engines that tell, ``prefill_tokens`` and ``resume_prefill_tokens`` (all calls but the first).
+    ``memo_hits`` (blocks that need not run), ``dropped_tokens`` (sampled past a fence),
+    ``attempts`` (calls rolled back, with ``rolled_back_tokens``), ``recovered_calls`` (that passed
+    after that), and, from engines that tell, ``prefill_tokens`` and ``resume_prefill_tokens`` (all
+    calls but the first).
 
     Raises ``SandboxError`` for a sandbox that is closed, ``CancelledError`` when cancelled.
     """
-    if trajectory is None:
-        trajectory = Trajectory(tuple(prompt_ids))
-    elif trajectory.segments or trajectory.prompt_ids != tuple(prompt_ids):
-        raise DataError(
-            f"trajectory to fill has {len(trajectory)} tokens, expected the {len(prompt_ids)} of "
-            "the prompt and no more"
-        )
-    trajectory.seed, trajectory.weight_version = sampling.seed, engine.weight_version
+    trajectory = _opened(trajectory, tuple(prompt_ids), sampling.seed, engine.weight_version)
+    if backtrack is not None:
+        backtrack.check(sampling.temperature)
     early = EarlyRuns(sandbox, tool.request)
     episode = _Running(
         engine, early, tool, limits, encode, sampling, eos_token_ids, session, room, memo,
-        trajectory,
+        trajectory, backtrack, one_call, tool.detector(early.draft),
     )  # fmt: skip
     deadline = asyncio.timeout(limits.deadline_s)
     try:
@@ -124,18 +138,24 @@ async def run_episode(
     return trajectory
 
 
-class _Watcher:
-    """Shows the detector each token once, whether the engine calls it or the loop does."""
-
-    def __init__(self, detector: ToolDetector) -> None:
-        self._detector = detector
-        self.n_tokens = 0
-        self.call: DetectedCall | None = None
-
-    def __call__(self, token_id: int) -> bool:
-        self.n_tokens += 1
-        self.call = self._detector.feed(token_id)
-        return self.call is not None
+def _opened(
+    trajectory: Trajectory | None, prompt_ids: tuple[int, ...], seed: int, version: int
+) -> Trajectory:
+    """The trajectory to fill; ``DataError`` for one of another prompt, or one that has ended."""
+    if trajectory is None:
+        trajectory = Trajectory(prompt_ids)
+    if trajectory.prompt_ids != prompt_ids or trajectory.stop_reason is not None:
+        raise DataError(
+            f"trajectory to fill has a prompt of {len(trajectory.prompt_ids)} tokens and the stop "
+            f"reason {trajectory.stop_reason}, expected the {len(prompt_ids)} tokens of the prompt "
+            "given and no stop reason"
+        )
+    trajectory.weight_version = version
+    if not trajectory.segments:
+        trajectory.seed = seed
+    elif trajectory.seed_at(len(trajectory)) != seed:
+        trajectory.reseeded.append((len(trajectory), seed))
+    return trajectory
 
 
 @dataclass(slots=True)
@@ -153,25 +173,48 @@ class _Running:
     room: Callable[[int], Awaitable[int]] | None
     memo: SnippetMemo | None
     trajectory: Trajectory
+    backtrack: BacktrackPolicy | None
+    one_call: bool
+    detector: ToolDetector
     metrics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def run(self) -> StopReason:
-        detector = self.tool.detector(self.early.draft)
+        call = self._catch_up()
+        if call is not None:  # it was cut off before its observation
+            self.trajectory.tool_calls.pop()
         while True:
+            stop = None if call is None else await self._answer(call)
+            if stop is not None:
+                return stop
             budget, context = self._left()
             if budget < 1:
                 return StopReason.MAX_TOKENS
             if context < 1:
                 return StopReason.MAX_CONTEXT
-            call, finish = await self._generate(detector, await self._allowed(min(budget, context)))
-            if call is not None:
-                stop = await self._answer(call, detector)
-                if stop is not None:
-                    return stop
-            elif finish is FinishReason.STOP:
+            call, finish = await self._generate(await self._allowed(min(budget, context)))
+            if call is None and finish is FinishReason.STOP:
                 return StopReason.EOS
-            elif finish is FinishReason.CONTEXT:
+            if call is None and finish is FinishReason.CONTEXT:
                 return StopReason.MAX_CONTEXT
+
+    def _catch_up(self) -> DetectedCall | None:
+        """Show a fresh detector the turn the model is in; the call that its last token completes.
+
+        A turn is what the model has written since the last observation.
+        """
+        self.detector = self.tool.detector(self.early.draft)
+        trajectory = self.trajectory
+        last = trajectory.segments[-1] if trajectory.segments else None
+        turn = last.token_ids if last is not None and last.source is TokenSource.MODEL else ()
+        n_before = len(trajectory) - len(trajectory.prompt_ids) - len(turn)
+        if n_before:
+            self.detector.skip(n_before)
+        call = None
+        for token_id in turn:
+            call = self.detector.feed(token_id)
+        # Drafts of what was written before: it has run, or is handed on whole with what follows.
+        self.early.drop()
+        return call
 
     async def _allowed(self, most: int) -> int:
         """How many tokens the next engine call may sample: ``most`` or what there is room for."""
@@ -192,17 +235,15 @@ class _Running:
             self.engine.capabilities.max_context - n_tokens,
         )
 
-    async def _generate(
-        self, detector: ToolDetector, max_tokens: int
-    ) -> tuple[DetectedCall | None, FinishReason | None]:
+    async def _generate(self, max_tokens: int) -> tuple[DetectedCall | None, FinishReason | None]:
         """One engine call: append what it samples, up to a call or its end."""
-        watcher = _Watcher(detector)
+        watcher = Watcher(self.detector)
         request = GenerateRequest(
             token_ids=tuple(self.trajectory.token_ids),
             session=self.session,
             max_tokens=max_tokens,
             stop_token_ids=self.eos_token_ids,
-            sampling=self.sampling,
+            sampling=replace(self.sampling, seed=self.trajectory.seed_at(len(self.trajectory))),
             watch=watcher if self.engine.capabilities.watch else None,
         )
         ids: list[int] = []
@@ -214,7 +255,7 @@ class _Running:
         stream = self.engine.generate(request)
         try:
             async for chunk in stream:
-                n_kept = _keep(chunk, watcher, len(ids))
+                n_kept = watcher.keep(chunk, len(ids))
                 ids += chunk.token_ids[:n_kept]
                 logprobs += chunk.logprobs[:n_kept]
                 finish = chunk.finish
@@ -238,11 +279,12 @@ class _Running:
             )
         return call, finish
 
-    async def _answer(self, found: DetectedCall, detector: ToolDetector) -> StopReason | None:
-        """Run a call and append its observation; the stop reason if that ends the episode."""
+    async def _answer(self, found: DetectedCall) -> StopReason | None:
+        """Run a call, then answer it or roll it back; the stop reason if it ends the episode."""
         trajectory = self.trajectory
         offset = len(trajectory.prompt_ids)
-        call = ToolCall(found.code, offset + found.start, offset + found.end)
+        attempt = len(attempts_at(trajectory, len(trajectory.tool_calls)))
+        call = ToolCall(found.code, offset + found.start, offset + found.end, attempt=attempt)
         trajectory.tool_calls.append(call)
         if len(trajectory.tool_calls) > self.limits.max_tool_calls:
             return StopReason.MAX_TOOL_CALLS
@@ -250,14 +292,59 @@ class _Running:
         if call.result.status is Status.INFRA:
             trajectory.error = call.result.error
             return StopReason.TOOL_FAILURE
+        if call.passed and attempt:
+            self.metrics["recovered_calls"] += 1
+        if self.backtrack is not None and not call.passed:
+            if self.backtrack.allows(trajectory):
+                await self._retry(self.backtrack, found, call.result)
+                return None
+            if self.backtrack.keep == "best":
+                found = await self._settle(found)
+        return StopReason.CALL_DONE if self.one_call else self._observe(found)
+
+    def _observe(self, found: DetectedCall) -> StopReason | None:
+        """Append the observation of the last call; the stop reason if it does not fit."""
+        call = self.trajectory.tool_calls[-1]
+        assert call.result is not None
         observation = self.tool.observation(found, call.result)
         segment = splice_observation(self.encode, observation)
         if len(segment) > min(self._left()):
             return StopReason.OBSERVATION_OVERFLOW
         call.observation = observation
-        trajectory.append(segment)
-        detector.skip(len(segment))
+        self.trajectory.append(segment)
+        self.detector.skip(len(segment))
         return None
+
+    async def _retry(
+        self, policy: BacktrackPolicy, found: DetectedCall, result: ExecutionResult
+    ) -> None:
+        """Roll the last call back."""
+        trajectory = self.trajectory
+        cut = retry_position(trajectory, policy)
+        n_removed = len(trajectory) - cut
+        hint = Segment(TokenSource.TOOL, ())
+        if policy.hint:
+            # Nothing trails at the cut: the hint starts on a line of its own.
+            text = self.tool.observation(replace(found, trailing=""), result)
+            hint = splice_observation(self.encode, text)
+            if len(hint) >= min(self._left()) + n_removed:
+                hint = hint.head(0)
+        roll_back(trajectory, cut, hint)
+        self.metrics["attempts"] += 1
+        self.metrics["rolled_back_tokens"] += n_removed
+        await self._rewind(cut)
+
+    async def _settle(self, found: DetectedCall) -> DetectedCall:
+        """All tries have failed: have the best of them for the last call."""
+        changed_from = restore_best(self.trajectory)
+        best = None if changed_from is None else await self._rewind(changed_from)
+        return best or found
+
+    async def _rewind(self, cut: int) -> DetectedCall | None:
+        """The tokens from ``cut`` on are others now: tell the engine and the detector."""
+        if self.metrics["engine_calls"]:  # else there is nothing yet for it to forget
+            await self.engine.truncate(self.session, cut)
+        return self._catch_up()
 
     async def _execute(self, found: DetectedCall) -> ExecutionResult:
         started = time.perf_counter()
@@ -290,16 +377,6 @@ class _Running:
             self.metrics["prefill_tokens"] += chunk.prefill_tokens
             if self.metrics["engine_calls"]:
                 self.metrics["resume_prefill_tokens"] += chunk.prefill_tokens
-
-
-def _keep(chunk: TokenChunk, watcher: _Watcher, n_before: int) -> int:
-    """How many tokens of a chunk to keep: all, or up to the one that completes a call."""
-    for n, token_id in enumerate(chunk.token_ids, 1):
-        if n_before + n > watcher.n_tokens:
-            watcher(token_id)
-        if watcher.call is not None and n_before + n == watcher.n_tokens:
-            return n
-    return len(chunk.token_ids)
 
 
 async def _close(stream: AsyncIterator[TokenChunk]) -> None:

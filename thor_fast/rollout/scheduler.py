@@ -14,22 +14,23 @@ a bug or misuse: it stops everything and comes out as it is.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
-import struct
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from thor_fast.engines.base import Engine, SamplingParams
 from thor_fast.errors import ConfigError
 from thor_fast.rollout.admission import Admission, Allowance
+from thor_fast.rollout.backtrack import BacktrackPolicy, beginning
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.loop import run_episode
 from thor_fast.rollout.memo import SnippetMemo
+from thor_fast.rollout.prefix import Room, SharedPrefix
+from thor_fast.rollout.seeds import trajectory_seed
 from thor_fast.sandbox.base import Sandbox
 from thor_fast.tools.base import Tool
 from thor_fast.types import RolloutGroup, Trajectory
@@ -48,13 +49,15 @@ Reward = Callable[[Trajectory, str], float | None]
 class Prompt:
     """``reference``: what the reward compares with. ``task_id``: kept in the group. ``number``:
     what its seeds are drawn from, by default its place among the prompts; so a part of a batch that
-    runs elsewhere is sampled as in the whole.
+    runs elsewhere is sampled as in the whole. ``start``: an episode of this prompt that all samples
+    go on from, each with a copy.
     """
 
     token_ids: tuple[int, ...]
     reference: str = ""
     task_id: str = ""
     number: int | None = None
+    start: Trajectory | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,22 @@ class Finished:
     prompt: int
     sample: int
     trajectory: Trajectory
+
+
+@dataclass(slots=True)
+class _Group:
+    """What the samples of one prompt share."""
+
+    index: int
+    prompt: Prompt
+    memo: SnippetMemo | None
+    prefix: SharedPrefix | None = None
+
+    def session(self, name: str, room: Room) -> AbstractAsyncContextManager[tuple[str, Room]]:
+        """The session and the ``room`` of one sample."""
+        if self.prefix is None:
+            return nullcontext((name, room))
+        return self.prefix.session(name, room)
 
 
 @dataclass(slots=True)
@@ -78,12 +97,6 @@ class _Run:
     ended: asyncio.Queue[Finished | None] = field(default_factory=asyncio.Queue)
 
 
-def trajectory_seed(base_seed: int, prompt: int, sample: int) -> int:
-    """A 63-bit seed that depends on nothing but its three arguments, each 0 to 2**64 - 1."""
-    digest = hashlib.blake2b(struct.pack("<QQQ", base_seed, prompt, sample), digest_size=8)
-    return int.from_bytes(digest.digest(), "little") >> 1
-
-
 class RolloutScheduler:
     """Samples ``group_size`` trajectories per prompt.
 
@@ -91,8 +104,8 @@ class RolloutScheduler:
     another one in :attr:`sampling` for each step. ``reward(trajectory, reference)`` is called in a
     thread for each trajectory that the infrastructure did not spoil. ``max_live``: at most the
     engine's ``kv_budget.max_sequences``, which is the default. ``memo``: equal pure snippets of a
-    group run once (see ``memo.py``). ``progress(episode, done, total)`` is called in the event loop
-    as episodes end.
+    group run once (see ``memo.py``). ``backtrack``, ``one_call``: as for :func:`run_episode`.
+    ``progress(episode, done, total)`` is called in the event loop as episodes end.
 
     Each trajectory's ``metrics`` gain ``queue_s``, seconds from the start of the run to admission,
     and ``episode_s``, from there to its end.
@@ -112,6 +125,8 @@ class RolloutScheduler:
         reward: Reward | None = None,
         max_live: int | None = None,
         memo: bool = True,
+        backtrack: BacktrackPolicy | None = None,
+        one_call: bool = False,
         progress: Callable[[Finished, int, int], None] | None = None,
     ) -> None:
         budget = engine.kv_budget.max_sequences
@@ -132,6 +147,7 @@ class RolloutScheduler:
         self._group_size, self._max_live = group_size, max_live
         self._memo = memo and group_size > 1
         self._lengths: deque[int] = deque(maxlen=_LENGTHS_KEPT)
+        self._backtrack, self._one_call = backtrack, one_call
         self._reward, self._progress = reward, progress
 
     async def run(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
@@ -171,39 +187,23 @@ class RolloutScheduler:
     async def _dispatch(self, run: _Run) -> None:
         """Start each episode when there is room; ends when all have, or at the first error."""
         async with asyncio.TaskGroup() as tasks:
-            for prompt in range(len(run.prompts)):
-                memo = SnippetMemo() if self._memo else None
+            for index, prompt in enumerate(run.prompts):
+                n_response = 0 if prompt.start is None else len(prompt.start.response_ids)
+                n_start = len(prompt.token_ids) + n_response
+                group = _Group(index, prompt, SnippetMemo() if self._memo else None)
+                if prompt.start is not None and self._engine.capabilities.native_fork:
+                    group.prefix = SharedPrefix(self._engine, n_start)
                 for sample in range(self._group_size):
-                    allowance = await run.admission.enter(len(run.prompts[prompt].token_ids))
-                    tasks.create_task(self._episode(run, prompt, sample, allowance, memo))
+                    allowance = await run.admission.enter(n_start, n_response)
+                    tasks.create_task(self._episode(run, group, sample, allowance))
 
-    async def _episode(
-        self,
-        run: _Run,
-        prompt: int,
-        sample: int,
-        allowance: Allowance,
-        memo: SnippetMemo | None,
-    ) -> None:
+    async def _episode(self, run: _Run, group: _Group, sample: int, allowance: Allowance) -> None:
         admitted = time.perf_counter()
         length = None
-        number = run.prompts[prompt].number
-        base = self.sampling.seed
-        seed = trajectory_seed(base, prompt if number is None else number, sample)
+        room: Room = partial(run.admission.room, allowance)
         try:
-            trajectory = await run_episode(
-                self._engine,
-                self._sandbox,
-                self._tool,
-                run.prompts[prompt].token_ids,
-                self._limits,
-                encode=self._encode,
-                sampling=replace(self.sampling, seed=seed),
-                eos_token_ids=self._eos_token_ids,
-                session=f"{run.name}/{prompt}/{sample}",
-                room=partial(run.admission.room, allowance),
-                memo=memo,
-            )
+            async with group.session(f"{run.name}/{group.index}/{sample}", room) as (name, room):
+                trajectory = await self._run(group, sample, name, room)
             stop = trajectory.stop_reason
             if stop is not None and not stop.is_infrastructure:
                 length = len(trajectory)
@@ -211,12 +211,34 @@ class RolloutScheduler:
             run.admission.leave(allowance, length)
         trajectory.metrics["queue_s"] = admitted - run.started
         trajectory.metrics["episode_s"] = time.perf_counter() - admitted
-        await self._score(trajectory, run.prompts[prompt].reference)
-        episode = Finished(prompt, sample, trajectory)
+        await self._score(trajectory, group.prompt.reference)
+        episode = Finished(group.index, sample, trajectory)
         run.finished.append(episode)
         run.ended.put_nowait(episode)
         if self._progress is not None:
             self._progress(episode, len(run.finished), len(run.prompts) * self._group_size)
+
+    async def _run(self, group: _Group, sample: int, session: str, room: Room) -> Trajectory:
+        prompt = group.prompt
+        number = group.index if prompt.number is None else prompt.number
+        seed = trajectory_seed(self.sampling.seed, number, sample)
+        start = prompt.start
+        return await run_episode(
+            self._engine,
+            self._sandbox,
+            self._tool,
+            prompt.token_ids,
+            self._limits,
+            encode=self._encode,
+            sampling=replace(self.sampling, seed=seed),
+            eos_token_ids=self._eos_token_ids,
+            session=session,
+            room=room,
+            memo=group.memo,
+            trajectory=None if start is None else beginning(start, len(start)),
+            backtrack=self._backtrack,
+            one_call=self._one_call,
+        )
 
     async def _score(self, trajectory: Trajectory, reference: str) -> None:
         stop = trajectory.stop_reason
