@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from thor_fast.errors import ConfigError, DataError
 from thor_fast.types import RolloutGroup, StepGroup, Trajectory
@@ -25,6 +26,9 @@ __all__ = [
 ]
 
 EPISODE, STEP = 0, 1
+
+Singleton = Literal["reward", "zero", "drop"]
+ZeroVariance = Literal["zero", "drop"]
 
 # Added to the deviation, as in THOR's code and verl's (core_algos.py).
 _EPSILON = 1e-6
@@ -46,15 +50,14 @@ class AdvantagePolicy:
     """
 
     scale_by_std: bool = True
-    singleton: str = "reward"
-    zero_variance: str = "zero"
+    singleton: Singleton = "reward"
+    zero_variance: ZeroVariance = "zero"
 
     def __post_init__(self) -> None:
-        allowed = {"singleton": ("reward", "zero", "drop"), "zero_variance": ("zero", "drop")}
-        for name, values in allowed.items():
-            found = getattr(self, name)
-            if found not in values:
-                raise ConfigError(f"{name} is {found!r}, expected one of {', '.join(values)}")
+        for name, values in (("singleton", Singleton), ("zero_variance", ZeroVariance)):
+            found, allowed = getattr(self, name), get_args(values)
+            if found not in allowed:
+                raise ConfigError(f"{name} is {found!r}, expected one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, slots=True)
