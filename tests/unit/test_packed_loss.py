@@ -216,6 +216,22 @@ def test_sharing_saves_the_siblings_prefixes():
     assert len(alone.token_ids) - len(shared.token_ids) == 2 * (2 + 3 + 12 + 13)
 
 
+def test_levels_do_not_dilute_each_other():
+    """The steps' share of the update does not depend on how many there are, unless as in THOR."""
+    model, sequences = make_model(), make_sequences()
+    by_level = [[s for s in sequences if s.level == level] for level in (0, 1)]
+    both, episodes, steps = (
+        run(model, LOSSES["weighted"], pack(chosen, max_tokens=1000))[0]
+        for chosen in (sequences, *by_level)
+    )
+    torch.testing.assert_close(both, episodes + steps)
+    both, episodes, steps = (
+        run(model, LOSSES["thor_shared"], pack(chosen, max_tokens=1000, normalizer="thor"))[0]
+        for chosen in (sequences, *by_level)
+    )
+    assert abs(both - episodes - steps) > 0.1 * abs(both)
+
+
 def test_counts_add_up_over_ranks():
     """Sequences dealt out to two ranks: with both ranks' counts their losses are the whole's."""
     loss, sequences, model = LOSSES["weighted"], make_sequences(), make_model()
