@@ -26,6 +26,7 @@ from thor_fast.rl.advantages import TrainingSequence
 from thor_fast.rl.batching import TrainingBatch, pack
 from thor_fast.rl.forward import hidden_states
 from thor_fast.rl.loss_metrics import averaged, merged
+from thor_fast.rl.model_setup import sharded, whole
 from thor_fast.rl.settings import OptimizerSettings, TrainerConfig
 
 __all__ = ["Learner", "mini_batches"]
@@ -51,13 +52,14 @@ class Learner:
     def __init__(self, model: Any, accelerator: Accelerator, config: TrainerConfig) -> None:
         if model.get_output_embeddings().bias is not None:
             raise ConfigError("the model's head has a bias, expected none")
-        self.model = model
         self._accelerator, self._config = accelerator, config
         self._loss = config.loss.module()
+        # FSDP2 takes the mean over ranks, we want the sum.
+        self._share = accelerator.num_processes if accelerator.is_fsdp2 else 1
         self._reference = _reference_of(model) if config.loss.kl_beta else None
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.optimizer = _adamw(model, config.optimizer)
+        self.model, self.optimizer = sharded(model, _adamw(model, config.optimizer), accelerator)
         self.schedule = _constant_with_warmup(self.optimizer, config.optimizer.warmup_steps)
 
     def update(self, sequences: Sequence[TrainingSequence]) -> dict[str, float]:
@@ -84,7 +86,7 @@ class Learner:
             max_tokens=c.micro_batch_tokens,
             share_prefixes=c.share_prefixes,
             temperature=c.temperature,
-            normalizer=c.loss.normalizer,  # type: ignore[arg-type]
+            normalizer=c.loss.normalizer,
         )
 
     def _prepared(self, batch: TrainingBatch) -> TrainingBatch:
@@ -110,7 +112,7 @@ class Learner:
         temperature = 1.0 if batch.temperature is None else batch.temperature.to(hidden.device)
         targets = batch.token_ids.roll(-1).to(hidden.device)
         plan = self._loss.plan(batch)
-        rows = selected_logprob(hidden, head, targets, plan, temperature=temperature)
+        rows = selected_logprob(hidden, whole(head), targets, plan, temperature=temperature)
         by_token: torch.Tensor = rows.roll(1).float().cpu()
         return by_token
 
@@ -128,9 +130,10 @@ class Learner:
     def _optimizer_step(self, batches: list[TrainingBatch]) -> dict[str, float]:
         batches = self._with_global_counts(batches)
         metrics = []
-        for batch in batches:
-            out = self._forward(batch)
-            self._accelerator.backward(out.loss)
+        for batch in self._as_many_as_others(batches):
+            hidden, head = self._hidden_and_head(self.model, batch)
+            out: LossOutput = self._loss(hidden, head, batch)
+            self._accelerator.backward(out.loss * self._share)
             metrics.append(out.metrics.wait())
         metrics = gather_object(metrics)
         if not metrics:
@@ -147,14 +150,16 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return found
 
-    def _forward(self, batch: TrainingBatch) -> LossOutput:
-        hidden, head = self._hidden_and_head(self.model, batch)
-        out: LossOutput = self._loss(hidden, head, batch)
-        return out
+    def _as_many_as_others(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
+        """Filled up with batches of nothing: a sharded model runs on all ranks or on none."""
+        if not self._accelerator.is_fsdp2:
+            return batches
+        most = max(gather_object([len(batches)]))
+        return [*batches, *[_nothing(self._config)] * (most - len(batches))]
 
     def _add_up(self, trainable: Sequence[nn.Parameter]) -> None:
         """Gradients over ranks; each has counted the tokens of all of them."""
-        if self._accelerator.num_processes == 1:
+        if self._accelerator.num_processes == 1 or self._accelerator.is_fsdp2:
             return
         for parameter in trainable:
             if parameter.grad is None:  # a rank without a sequence
@@ -168,6 +173,19 @@ class Learner:
             return [replace(batch, step_sequences=sum(sizes)) for batch in batches]
         counts = reduce(Counts.__add__, gather_object([b.counts for b in batches[:1]]), _NOTHING)
         return [replace(batch, counts=counts) for batch in batches]
+
+
+def _nothing(config: TrainerConfig) -> TrainingBatch:
+    """One token that nobody learns from."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    return TrainingBatch(
+        token_ids=zero,
+        cu_seqlens=torch.tensor([0, 1]),
+        loss_mask=zero.bool(),
+        level=0,
+        advantages=torch.zeros(1),
+        old_logprobs=torch.zeros(1),
+    )
 
 
 def _reference_of(model: Any) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from thor_fast.errors import ConfigError
 from thor_fast.rl.settings import LoraSettings, TrainerConfig
 
-__all__ = ["accelerator_of", "adapted"]
+__all__ = ["accelerator_of", "adapted", "copy_weights", "sharded", "whole"]
 
 
 def accelerator_of(config: TrainerConfig, output_dir: Path | None) -> Accelerator:
@@ -54,3 +55,29 @@ def adapted(model: PreTrainedModel, lora: LoraSettings | None) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
+
+
+def sharded(
+    model: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> tuple[Any, torch.optim.Optimizer]:
+    """Over the ranks, where accelerate was told to use FSDP2; otherwise as they are.
+
+    Without it every rank has the whole model, and nothing of accelerate's is put around it: the
+    engine runs the very same modules.
+    """
+    if not accelerator.is_fsdp2:
+        return model, optimizer
+    model, wrapped = accelerator.prepare(model, optimizer)
+    return model, wrapped.optimizer
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor put together, from all ranks; any other as it is."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+@torch.no_grad()
+def copy_weights(source: Any, target: torch.nn.Module) -> None:
+    """All parameters of ``source``, which may be sharded, into those of the same name."""
+    for name, parameter in source.named_parameters():
+        target.get_parameter(name).copy_(whole(parameter))

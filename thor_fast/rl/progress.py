@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,53 +11,11 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from thor_fast.types import RolloutGroup, Trajectory
-
-__all__ = ["METRICS_FILE", "MetricsLog", "episode_rows", "rollout_metrics"]
+__all__ = ["METRICS_FILE", "MetricsLog", "flat"]
 
 METRICS_FILE = "metrics.jsonl"
 _SCHEMA_VERSION = 1
 _SHOWN = ("reward", "call_success", "loss", "grad_norm", "step_s")
-
-Row = dict[str, float | None]
-
-
-def episode_rows(groups: Sequence[RolloutGroup]) -> list[Row]:
-    """What :func:`rollout_metrics` averages, of each trajectory."""
-    return [_row(t) for group in groups for t in group.trajectories]
-
-
-def _row(trajectory: Trajectory) -> Row:
-    passed = [call.passed for call in trajectory.tool_calls]
-    return {
-        "reward": trajectory.reward,
-        "calls": float(len(passed)),
-        "calls_run": float(sum(p is not None for p in passed)),
-        "calls_passed": float(sum(p is True for p in passed)),
-        "first_call_success": None if not passed or passed[0] is None else float(passed[0]),
-        "response_tokens": float(len(trajectory) - len(trajectory.prompt_ids)),
-    }
-
-
-def rollout_metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Of everything that was rolled out in a step, whether trained on or not.
-
-    ``reward``: mean over the scored; ``unscored``: how many were not. ``call_success``: share of
-    the calls that ran; ``first_call_success``: of the episodes' first ones. A mean over nothing is
-    left out.
-    """
-    found = {
-        "trajectories": float(len(rows)),
-        "unscored": float(sum(row["reward"] is None for row in rows)),
-    }
-    for name in ("reward", "first_call_success", "response_tokens", "calls"):
-        known = [v for row in rows if (v := row[name]) is not None]
-        if known:
-            found[name] = sum(known) / len(known)
-    ran = sum(row["calls_run"] or 0.0 for row in rows)
-    if ran:
-        found["call_success"] = sum(row["calls_passed"] or 0.0 for row in rows) / ran
-    return found
 
 
 class MetricsLog:
@@ -110,7 +67,9 @@ class MetricsLog:
 
     def close(self) -> None:
         """Give the trackers and the terminal back."""
-        self._accelerator.end_training()
+        # Not end_training(): it would take the process group from whoever else uses it.
+        for tracker in self._accelerator.trackers:
+            tracker.finish()
         if self._bar is not None:
             self._bar.stop()
         if self._file is not None:

@@ -136,12 +136,12 @@ class Checkpointing:
         tied = _tied(self._learner.model)
         kept = {name: value for name, value in weights.items() if name not in tied}
         shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             self._learner.model.save_pretrained(path, state_dict=kept)
         finally:
             if shown:
-                logging.enable_progress_bar()
+                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
     def _load_model(self, path: Path) -> None:
         files = sorted(path.glob("*.safetensors"))

@@ -7,11 +7,13 @@ learning rate 1e-6, clip 0.2 / 0.28 and 3, no KL, NLL weight 0.01, temperature 1
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from thor_fast.errors import ConfigError
-from thor_fast.kernels import KL, LossSpec
+from thor_fast.kernels import KL, Aggregation, LossSpec
 from thor_fast.rl.advantages import AdvantagePolicy
 from thor_fast.rl.losses import HierarchicalGRPOLoss
+from thor_fast.rollout.branch import BranchPolicy
 from thor_fast.rollout.limits import RolloutLimits
 
 __all__ = ["LoraSettings", "LossSettings", "OptimizerSettings", "TrainerConfig"]
@@ -56,9 +58,9 @@ class LossSettings:
     nll_alpha: float = 0.01
     kl_beta: float = 0.0
     entropy_coef: float = 0.0
-    agg: str = "token-mean"
+    agg: Aggregation = "token-mean"
     norm_tokens: int | None = None
-    normalizer: str = "global"
+    normalizer: Literal["global", "thor"] = "global"
     episode_weight: float = 1.0
     step_weight: float = 1.0
 
@@ -67,8 +69,6 @@ class LossSettings:
 
     def module(self) -> HierarchicalGRPOLoss:
         """The loss; ``ConfigError`` where a setting does not fit."""
-        if self.normalizer not in ("global", "thor"):
-            raise ConfigError(f"normalizer is {self.normalizer!r}, expected 'global' or 'thor'")
         try:
             spec = LossSpec(
                 self.kind,
@@ -84,7 +84,7 @@ class LossSettings:
                 agg=self.agg,
                 norm_tokens=self.norm_tokens,
                 level_weight=(self.episode_weight, self.step_weight),
-                normalizer=self.normalizer,  # type: ignore[arg-type]
+                normalizer=self.normalizer,
             )
         except ValueError as error:
             raise ConfigError(f"[loss] {error}") from error
@@ -123,7 +123,8 @@ class TrainerConfig:
     tokens by the ratio of these two, at most so much (truncated importance sampling).
     ``max_live``: episodes at a time, the engine's limit by default.
     ``mixed_precision``: ``no`` or ``bf16`` (autocast; weights and optimizer stay as they are).
-    ``trackers``: accelerate's, by name, separated by commas.
+    ``trackers``: accelerate's, by name, separated by commas. ``branch``: sample failed calls again,
+    as groups of the step level; ``max_groups`` of each rank.
     """
 
     steps: int = 100
@@ -138,7 +139,7 @@ class TrainerConfig:
     recompute_old_logprobs: bool = False
     rollout_weight_cap: float | None = None
     max_live: int | None = None
-    mixed_precision: str = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     checkpoint_every: int = 10
     keep_checkpoints: int = 2
@@ -147,6 +148,7 @@ class TrainerConfig:
     advantages: AdvantagePolicy = field(default_factory=AdvantagePolicy)
     loss: LossSettings = field(default_factory=LossSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    branch: BranchPolicy | None = None
     lora: LoraSettings | None = None
 
     def __post_init__(self) -> None:

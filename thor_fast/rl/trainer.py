@@ -8,6 +8,9 @@ Who waits for whom (one column each; time runs down)::
       too few groups that differ:  (scheduler.py: nobody waits
       roll out another batch       for a group or a batch)
     <-- groups, scored ----------
+    branch, if asked to ------->   failed calls are sampled again
+    <-- step groups -------------  (branch.py), one block each
+    trajectories are written
     advantages, per group
     pack: micro-batches of a token budget
     for each of k mini-batches ------------------------------------>  forward, loss, backward
@@ -38,18 +41,28 @@ import torch
 from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from thor_fast.engines.base import Engine, SamplingParams
-from thor_fast.errors import ThorError, TrainingError
-from thor_fast.rl.advantages import hierarchical_advantages
+from thor_fast.engines.base import Engine
+from thor_fast.errors import ConfigError, ThorError, TrainingError
+from thor_fast.rl.advantages import hierarchical_advantages, is_informative
 from thor_fast.rl.collect import Collected, Collector, PromptOrder
+from thor_fast.rl.episodes import EpisodeSetup
 from thor_fast.rl.learner import Learner
-from thor_fast.rl.model_setup import accelerator_of, adapted
-from thor_fast.rl.progress import MetricsLog, episode_rows, rollout_metrics
+from thor_fast.rl.model_setup import accelerator_of, adapted, copy_weights
+from thor_fast.rl.progress import MetricsLog
 from thor_fast.rl.resume import Checkpointing, RunState
+from thor_fast.rl.rollout_metrics import (
+    branch_metrics,
+    episode_rows,
+    rollout_metrics,
+    step_rows,
+)
 from thor_fast.rl.settings import TrainerConfig
-from thor_fast.rollout.scheduler import Prompt, Reward, RolloutScheduler, trajectory_seed
+from thor_fast.rollout.records import TrajectoryWriter
+from thor_fast.rollout.scheduler import Prompt, Reward
+from thor_fast.rollout.seeds import trajectory_seed
 from thor_fast.sandbox.base import Sandbox
 from thor_fast.tools.base import Tool
+from thor_fast.types import RolloutGroup, StepGroup
 
 __all__ = ["Trainer"]
 
@@ -57,10 +70,12 @@ __all__ = ["Trainer"]
 class Trainer:
     """Trains ``model``, in place; see the module's diagram.
 
-    ``engine`` samples from the same weights: a ``PagedEngine`` over ``model``. ``encode`` and
-    ``eos_token_ids``: as for ``RolloutScheduler``. ``reward(trajectory, reference)`` gives a score,
-    or ``None`` where there is none. ``output_dir``: where metrics and checkpoints go; made if
-    missing. ``resume``: go on from the newest checkpoint there, if there is one.
+    ``engine`` samples from the same weights: a ``PagedEngine`` over ``model``, or over
+    ``engine_model``, which then gets a copy of them after each step; that is needed where ``model``
+    is sharded, and allows another dtype. ``encode``, ``eos_token_ids``: as for
+    ``RolloutScheduler``. ``reward(trajectory, reference)`` gives a score, or ``None`` where there
+    is none. ``output_dir``: where metrics and checkpoints go; made if missing. ``resume``: go on
+    from the newest checkpoint there, if there is one.
 
     Raises ``ConfigError`` for an ``output_dir`` with checkpoints that is not to be resumed, or that
     is of a run with other settings.
@@ -78,6 +93,7 @@ class Trainer:
         reward: Reward,
         eos_token_ids: frozenset[int],
         config: TrainerConfig,
+        engine_model: PreTrainedModel | None = None,
         output_dir: Path | None = None,
         resume: bool = False,
     ) -> None:
@@ -86,20 +102,9 @@ class Trainer:
         self._accelerator = accelerator_of(config, output_dir)
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
-        scheduler = RolloutScheduler(
-            engine,
-            sandbox,
-            tool,
-            encode=encode,
-            limits=config.limits,
-            sampling=SamplingParams(temperature=config.temperature),
-            eos_token_ids=eos_token_ids,
-            group_size=config.group_size,
-            reward=reward,
-            max_live=config.max_live,
-        )
+        self._episodes = EpisodeSetup(engine, sandbox, tool, encode, eos_token_ids, config)
         self._collector = Collector(
-            scheduler,
+            self._episodes.scheduler(reward),
             PromptOrder(prompts, config.seed),
             config.advantages,
             config.train_prompts,
@@ -108,8 +113,11 @@ class Trainer:
             self._accelerator.num_processes,
             gather_object,
         )
+        if self._accelerator.is_fsdp2 and engine_model is None:
+            raise ConfigError("the model is to be sharded, expected an engine_model for the engine")
         model.to(self._accelerator.device)
         self._learner = Learner(adapted(model, config.lora), self._accelerator, config)
+        self._engine_model = None if engine_model is None else adapted(engine_model, config.lora)
         self._checkpoints = Checkpointing(self._learner, self._accelerator, config, output_dir)
         self.state: RunState = self._checkpoints.begin(resume=resume)
 
@@ -125,8 +133,9 @@ class Trainer:
         history = []
         try:
             with asyncio.Runner() as runner:
-                if self.state.weight_version > self.engine.weight_version:
-                    runner.run(self.engine.update_weights(self.state.weight_version))
+                stale = self.state.weight_version > self.engine.weight_version
+                if stale or self._engine_model is not None:
+                    runner.run(self._give_weights(self.state.weight_version))
                 while self.state.step < self.config.steps:
                     try:
                         metrics = runner.run(self._step())
@@ -156,13 +165,15 @@ class Trainer:
         c, state, started = self.config, self.state, time.perf_counter()
         seed = trajectory_seed(c.seed, state.step, 0)
         found = await self._collector.collect(state.position, seed)
+        step_groups = await self._episodes.branch(found.sampled, seed)
+        self._record(found.sampled, step_groups)
         rolled_out = time.perf_counter()
-        metrics = self._of_rollouts(found)
-        sequences = hierarchical_advantages(found.groups, [], c.advantages)
+        metrics = self._of_rollouts(found) | branch_metrics(gather_object(step_rows(step_groups)))
+        steps = [group for group in step_groups if is_informative(group, c.advantages)]
+        sequences = hierarchical_advantages(found.groups, steps, c.advantages)
         metrics |= self._learner.update(sequences)
         if metrics["updates"]:
-            state.weight_version = self.engine.weight_version + 1
-            await self.engine.update_weights(state.weight_version)
+            await self._give_weights(state.weight_version + 1)
         else:
             state.skipped_steps += 1
         state.step += 1
@@ -174,6 +185,26 @@ class Trainer:
             "update_s": ended - rolled_out,
             "step_s": ended - started,
         }
+
+    def _record(self, groups: Sequence[RolloutGroup], step_groups: Sequence[StepGroup]) -> None:
+        """All of a step's trajectories, in a file of its own: a step done again writes it anew."""
+        if self._output_dir is None:
+            return
+        folder = self._output_dir / "trajectories"
+        folder.mkdir(exist_ok=True)
+        ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
+        suffix = f"-rank{rank}" if ranks > 1 else ""
+        path = folder / f"step-{self.state.step + 1:06d}{suffix}.jsonl"
+        path.unlink(missing_ok=True)
+        with TrajectoryWriter(path) as writer:
+            writer.write(groups, step_groups, step=self.state.step + 1)
+
+    async def _give_weights(self, version: int) -> None:
+        """To the engine, as ``version`` or a later one; no call is in flight."""
+        if self._engine_model is not None:
+            copy_weights(self._learner.model, self._engine_model)
+        self.state.weight_version = max(version, self.engine.weight_version + 1)
+        await self.engine.update_weights(self.state.weight_version)
 
     def _of_rollouts(self, found: Collected) -> dict[str, float]:
         wanted = self.config.train_prompts
