@@ -29,7 +29,7 @@ from thor_fast.sandbox.base import Sandbox
 from thor_fast.tools.base import Tool
 from thor_fast.types import RolloutGroup, StepGroup, Trajectory
 
-__all__ = ["BranchPolicy", "FailedCall", "branch_failed_steps", "failed_calls"]
+__all__ = ["BranchPolicy", "FailedCall", "branch_failed_steps", "continuation", "failed_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,12 @@ async def branch_failed_steps(
         for call, start in zip(calls, starts, strict=True)
     ]
     return [
-        _step_group(call, start, group.trajectories)
+        StepGroup(
+            call.trajectory,
+            call.call_index,
+            tuple(start.token_ids),
+            [continuation(start, t) for t in group.trajectories],
+        )
         for call, start, group in zip(calls, starts, await scheduler.run(prompts), strict=True)
     ]
 
@@ -162,20 +167,16 @@ def _lot(choice: str, seed: int, call: FailedCall) -> int:
     return lot(choice, seed, call.trajectory.seed, call.call_index)
 
 
-def _step_group(call: FailedCall, start: Trajectory, ended: Sequence[Trajectory]) -> StepGroup:
-    """Continuations as trajectories of their own, whose prompt is the prefix."""
+def continuation(start: Trajectory, ended: Trajectory) -> Trajectory:
+    """What an episode added to its ``start``, as a trajectory whose prompt is the prefix."""
     prefix = tuple(start.token_ids)
-    continuations = [
-        Trajectory(
-            prefix,
-            list(tail(t, len(prefix))),
-            t.tool_calls[len(start.tool_calls) :],
-            t.stop_reason,
-            seed=t.seed_at(len(prefix)),
-            weight_version=t.weight_version,
-            error=t.error,
-            metrics=t.metrics,
-        )
-        for t in ended
-    ]
-    return StepGroup(call.trajectory, call.call_index, prefix, continuations)
+    return Trajectory(
+        prefix,
+        list(tail(ended, len(prefix))),
+        ended.tool_calls[len(start.tool_calls) :],
+        ended.stop_reason,
+        seed=ended.seed_at(len(prefix)),
+        weight_version=ended.weight_version,
+        error=ended.error,
+        metrics=ended.metrics,
+    )
