@@ -26,7 +26,7 @@ from thor_fast.rl.advantages import TrainingSequence
 from thor_fast.rl.batching import TrainingBatch, pack
 from thor_fast.rl.forward import hidden_states
 from thor_fast.rl.loss_metrics import averaged, merged
-from thor_fast.rl.model_setup import sharded, whole
+from thor_fast.rl.model_setup import enable_checkpointing, sharded, whole
 from thor_fast.rl.settings import OptimizerSettings, TrainerConfig
 
 __all__ = ["Learner", "mini_batches"]
@@ -58,7 +58,7 @@ class Learner:
         self._share = accelerator.num_processes if accelerator.is_fsdp2 else 1
         self._reference = _reference_of(model) if config.loss.kl_beta else None
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         self.model, self.optimizer = sharded(model, _adamw(model, config.optimizer), accelerator)
         self.schedule = _constant_with_warmup(self.optimizer, config.optimizer.warmup_steps)
 

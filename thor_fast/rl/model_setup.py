@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from thor_fast.errors import ConfigError
 from thor_fast.rl.settings import LoraSettings, TrainerConfig
 
-__all__ = ["accelerator_of", "adapted", "copy_weights", "sharded", "whole"]
+__all__ = [
+    "accelerator_of",
+    "adapted",
+    "copy_weights",
+    "enable_checkpointing",
+    "sharded",
+    "whole",
+]
 
 
 def accelerator_of(config: TrainerConfig, output_dir: Path | None) -> Accelerator:
@@ -55,6 +62,14 @@ def adapted(model: PreTrainedModel, lora: LoraSettings | None) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Layers are computed again in the backward pass rather than kept."""
+    # The older name warns in transformers 5.23; 5.10 has no other.
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def sharded(
