@@ -1,7 +1,7 @@
 """A training run that takes seconds: a random model, a reward of its tokens, no code to run.
 
-Also a script, for runs in processes of their own: ``python training_run.py OPTIONS``, which are the
-arguments of ``run`` in JSON.
+Also a script, for runs in processes of their own: ``python training_run.py RUNS``, which are the
+arguments of ``run`` for each run, in JSON.
 """
 
 from __future__ import annotations
@@ -124,14 +124,44 @@ class _Deadly:
         return even_tokens(trajectory, reference)
 
 
-def run(output_dir: str, *, resume: bool = False, die_after: int | None = None, **over) -> None:
-    """Train; rank 0 leaves the weights in ``OUTPUT_DIR/weights.pt``. ``die_after``: rewards."""
+def _tell_accelerate_to_shard() -> None:
+    """It takes FSDP2 for accelerators only; torch has it on CPUs, too."""
+    from accelerate import Accelerator
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = Accelerator().state
+    state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,
+    )
+
+
+def run(
+    output_dir: str,
+    *,
+    resume: bool = False,
+    die_after: int | None = None,
+    shard: bool = False,
+    tied: bool = True,
+    **over,
+) -> None:
+    """Train; rank 0 leaves the weights in ``OUTPUT_DIR/weights.pt``. ``die_after``: rewards.
+
+    ``shard``: the model over all ranks, and the engine has one of its own.
+    """
     torch.set_num_threads(1)
-    model = tiny_model()
-    reward = even_tokens if die_after is None else _Deadly(die_after)
+    if shard:
+        _tell_accelerate_to_shard()
+    trained = tiny_model(tied=tied)
+    # Other weights: those of the trained model must come here, at the start and after each step.
+    sampled = tiny_model(seed=5, tied=tied) if shard else trained
     trainer = make_trainer(
-        model,
-        reward=reward,
+        trained,
+        engine_model=sampled if shard else None,
+        reward=even_tokens if die_after is None else _Deadly(die_after),
         output_dir=Path(output_dir),
         resume=resume,
         **over,
@@ -139,8 +169,16 @@ def run(output_dir: str, *, resume: bool = False, die_after: int | None = None, 
     trainer.train()
     asyncio.run(trainer.engine.aclose())
     if int(os.environ.get("RANK", "0")) == 0:
-        torch.save(model.state_dict(), Path(output_dir) / "weights.pt")
+        torch.save(sampled.state_dict(), Path(output_dir) / "weights.pt")
+
+
+def main() -> None:
+    """Runs one behind the other: a list of ``run``'s arguments."""
+    for options in json.loads(sys.argv[1]):
+        run(**options)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(**json.loads(sys.argv[1]))
+    main()

@@ -36,7 +36,7 @@ _NOTHING = Counts(*([(0.0, 0.0)] * 3))
 
 def mini_batches(sequences: Sequence[TrainingSequence], k: int) -> list[list[TrainingSequence]]:
     """``k`` parts, the groups dealt out in turn, so each has its share of both levels; some are
-    empty where there are fewer groups.
+    empty where there are fewer groups. Each rank deals out its own.
     """
     numbers = sorted({sequence.group for sequence in sequences})
     part = {number: place % k for place, number in enumerate(numbers)}
