@@ -270,3 +270,73 @@ async def test_a_greedy_retry_is_refused(tokenizers, fake_sandbox) -> None:
             PROMPT, RolloutLimits(), encode=list, sampling=SamplingParams(temperature=0.0),
             eos_token_ids=frozenset({EOS}), session="s", backtrack=BacktrackPolicy(),
         )  # fmt: skip
+
+
+class _Stream:
+    def __init__(self, sandbox) -> None:
+        self._sandbox = sandbox
+        self.text, self.closed = "", False
+
+    def feed(self, text: str) -> None:
+        self.text += text
+
+    async def afinish(self, rest: str = "") -> ExecutionResult:
+        self.text += rest
+        return self._sandbox.execute(self.text)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def streaming(fake_sandbox):
+    """A sandbox that begins blocks early and fails those that divide; ``streams``, as opened."""
+
+    class Streaming(fake_sandbox):
+        def open(self, request=None):
+            self.streams.append(_Stream(self))
+            return self.streams[-1]
+
+    made = Streaming(
+        lambda code: ExecutionResult(Status.ERROR if "/" in code else Status.OK, stderr="E")
+    )
+    made.streams = []
+    return made
+
+
+def _block(last: str) -> str:
+    """One that is begun early, since its loop may take a while."""
+    return f"```py\nfor i in range(9):\n    f(i)\n{last}\n```"
+
+
+async def test_each_try_has_an_early_run_of_its_own(correct, streaming) -> None:
+    first, second, third = (_block(last) for last in ("x = 1 / 0", "y = 2 / 0", "z = 3"))
+    t = await correct(
+        f"1\n{first}", f"22\n{second}", f"3\n{third}so<|im_end|>",
+        policy=BacktrackPolicy(l_suf=1), sandbox=streaming,
+    )  # fmt: skip
+    blocks = [block[len("```py\n") : -len("```")] for block in (first, second, third)]
+    assert [s.text for s in streaming.streams] == blocks
+    assert [r.code for r in streaming.requests] == blocks
+    assert all(s.closed for s in streaming.streams)
+    assert (t.metrics["early_runs"], t.metrics["attempts"], t.tool_calls[0].passed) == (3, 2, True)
+
+
+async def test_going_on_runs_no_block_again(correct, streaming, monkeypatch) -> None:
+    """Also where an observation had no tokens, so that the turn holds a block that has run."""
+    monkeypatch.setattr(PythonTool, "observation", lambda *_: "")
+    one, two = _block("a = 1"), _block("b = 2")
+    whole = await correct(f"{one}\nand\n{two}\n<|im_end|>", policy=None, sandbox=streaming)
+    assert len(whole.segments) == 1
+    streaming.requests.clear()
+    streaming.streams.clear()
+    length = whole.tool_calls[1].start + len("```py\nfor i")
+    start = beginning(whole, length)
+    said = correct.text(whole.token_ids[length:])
+    again = await correct(
+        said, policy=None, sandbox=streaming, trajectory=start,
+        context=tuple(whole.token_ids[:length]),
+    )  # fmt: skip
+    assert [r.code for r in streaming.requests] == [whole.tool_calls[1].code]
+    assert [s.text for s in streaming.streams] == [whole.tool_calls[1].code]
+    assert again.tool_calls == whole.tool_calls
