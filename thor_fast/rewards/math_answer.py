@@ -1,16 +1,13 @@
-r"""Is the last ``\boxed{...}`` the right answer? 1.0 or 0.0, by exact comparison.
-
-Numbers are compared as fractions, never as floats: ``0.5``, ``1/2`` and ``\frac{1}{2}`` are equal,
-``0.333`` and ``1/3`` are not. Anything else is compared as text without spacing commands.
-"""
+r"""Is the last ``\boxed{...}`` the right answer? 1.0 or 0.0, and ``None`` where nobody can tell."""
 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from thor_fast.errors import RewardError
+from thor_fast.rewards.exact import answers_match
+from thor_fast.rewards.math_verifier import MathVerifier
 from thor_fast.types import Trajectory
 
 if TYPE_CHECKING:
@@ -19,23 +16,20 @@ if TYPE_CHECKING:
 __all__ = ["MathAnswerReward", "answers_match", "last_boxed"]
 
 _BOXED = re.compile(r"\\boxed\s*\{")
-_SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|displaystyle|quad)(?![A-Za-z])|\s|\$")
-_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?")
-_DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
-_LATEX_FRACTION = re.compile(r"([+-]?)\\frac(?:\{([^{}]+)\}|([0-9]))(?:\{([^{}]+)\}|([0-9]))")
-# CPython refuses to convert longer ones (sys.set_int_max_str_digits), and no task needs them.
-_MAX_DIGITS = 4300
 
 
 class MathAnswerReward:
     """Keeps :class:`~thor_fast.rewards.base.RewardFunction`.
 
     Looks only at what the model said itself, see
-    :meth:`~thor_fast.rollout.renderer.Renderer.answer`.
+    :meth:`~thor_fast.rollout.renderer.Renderer.answer`. Compares by ``verifier``, or exactly
+    (:func:`~thor_fast.rewards.exact.answers_match`) without one. The verifier stays the caller's,
+    to share and to close.
     """
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, verifier: MathVerifier | None = None) -> None:
         self._renderer = renderer
+        self._match = answers_match if verifier is None else verifier.match
 
     def __call__(self, trajectory: Trajectory, reference: str) -> float | None:
         if not reference.strip():
@@ -44,7 +38,10 @@ class MathAnswerReward:
         if stop is None or stop.is_infrastructure:
             return None
         answer = last_boxed(self._renderer.answer(trajectory))
-        return float(answer is not None and answers_match(answer, reference))
+        if answer is None:
+            return 0.0
+        equal = self._match(answer, reference)
+        return None if equal is None else float(equal)
 
 
 def last_boxed(text: str) -> str | None:
@@ -60,17 +57,6 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def answers_match(answer: str, reference: str) -> bool:
-    r"""Equal as numbers if both are numbers, as normalised text otherwise.
-
-    >>> answers_match("1,234.50", "2469/2"), answers_match("x + 1", "x+1"), answers_match("a", "A")
-    (True, True, False)
-    """
-    ours, theirs = _normalise(answer), _normalise(reference)
-    numbers = _number(ours), _number(theirs)
-    return ours == theirs if None in numbers else numbers[0] == numbers[1]
-
-
 def _closing_brace(text: str, start: int) -> int | None:
     r"""Where the brace opened just before ``start`` closes; ``\{`` and ``\}`` do not count."""
     depth = 1
@@ -79,29 +65,3 @@ def _closing_brace(text: str, start: int) -> int | None:
         if depth == 0:
             return match.start()
     return None
-
-
-def _normalise(text: str) -> str:
-    text = _SPACING.sub("", text).replace("{,}", ",").rstrip(".")
-    return re.sub(r"\\[dt]frac", r"\\frac", text).replace("\N{MINUS SIGN}", "-")
-
-
-def _number(text: str) -> Fraction | None:
-    """The exact value of an integer, a decimal, or a fraction of two of these."""
-    if len(text) > _MAX_DIGITS:
-        return None
-    latex = _LATEX_FRACTION.fullmatch(text)
-    if latex:
-        sign, top, top_digit, bottom, bottom_digit = latex.groups()
-        over, under = _decimal(top or top_digit), _decimal(bottom or bottom_digit)
-        over = None if over is None else -over if sign == "-" else over
-    else:
-        head, slash, tail = text.partition("/")
-        over, under = _decimal(head), _decimal(tail) if slash else Fraction(1)
-    return over / under if over is not None and under else None
-
-
-def _decimal(text: str) -> Fraction | None:
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
-    return Fraction(text) if _DECIMAL.fullmatch(text) else None
