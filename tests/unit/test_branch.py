@@ -294,9 +294,10 @@ async def test_cancelling_leaves_no_session_behind(setup, until) -> None:
 
     class SlowToFork(ScriptedEngine):
         async def fork(self, session, n, at_token):
-            forks.append(session)
-            await asyncio.sleep(0.05)
-            return await super().fork(session, n, at_token)
+            names = await super().fork(session, n, at_token)
+            forks.extend(names)
+            await asyncio.sleep(0.05)  # it is done, and its asker does not know yet
+            return names
 
     for when in ("forking", "running"):
         slow = setup.sandbox(delay_s=60)

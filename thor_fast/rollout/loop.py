@@ -114,7 +114,7 @@ async def run_episode(
     early = EarlyRuns(sandbox, tool.request)
     episode = _Running(
         engine, early, tool, limits, encode, sampling, eos_token_ids, session, room, memo,
-        trajectory, backtrack, one_call, tool.detector(early.draft),
+        trajectory, backtrack, one_call,
     )  # fmt: skip
     deadline = asyncio.timeout(limits.deadline_s)
     try:
@@ -175,7 +175,7 @@ class _Running:
     trajectory: Trajectory
     backtrack: BacktrackPolicy | None
     one_call: bool
-    detector: ToolDetector
+    detector: ToolDetector = field(init=False)
     metrics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     async def run(self) -> StopReason:
