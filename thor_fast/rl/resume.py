@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,19 @@ class Checkpointing:
                 progress,
                 config=dump_toml(self._config),
                 training=training,
-                save_model=lambda path: self._save_model(path, weights),
+                save_model=lambda path: _save(learner.model, path, weights),
                 keep=self._config.keep_checkpoints,
             )
+        self._accelerator.wait_for_everyone()
+
+    def save_policy(self, path: Path) -> None:
+        """The whole model, without what is needed to train on. An adapter is merged into a copy."""
+        model = self._learner.model
+        if self._config.lora is not None:
+            model = copy.deepcopy(model).merge_and_unload()
+        weights = get_model_state_dict(model, options=_WHOLE)
+        if self._accelerator.is_main_process:
+            _save(model, path, weights)
         self._accelerator.wait_for_everyone()
 
     def describe(self) -> str:
@@ -131,18 +142,6 @@ class Checkpointing:
                 f"{path}"
             )
 
-    def _save_model(self, path: Path, weights: dict[str, Any]) -> None:
-        # A copy of a tied weight is not seen to be one: it is left out by name.
-        tied = _tied(self._learner.model)
-        kept = {name: value for name, value in weights.items() if name not in tied}
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            self._learner.model.save_pretrained(path, state_dict=kept)
-        finally:
-            if shown:
-                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
     def _load_model(self, path: Path) -> None:
         files = sorted(path.glob("*.safetensors"))
         if not files:
@@ -161,6 +160,19 @@ class Checkpointing:
             from peft import set_peft_model_state_dict
 
             set_peft_model_state_dict(self._learner.model, state)
+
+
+def _save(model: Any, path: Path, weights: dict[str, Any]) -> None:
+    # A copy of a tied weight is not seen to be one: it is left out by name.
+    tied = _tied(model)
+    kept = {name: value for name, value in weights.items() if name not in tied}
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model.save_pretrained(path, state_dict=kept)
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _tied(model: torch.nn.Module) -> set[str]:

@@ -149,6 +149,13 @@ class Trainer:
             log.close()
         return history
 
+    def save_policy(self, path: Path) -> None:
+        """The model as it is now, an adapter merged into it: what ``from_pretrained`` reads.
+
+        On all ranks, if there are several.
+        """
+        self._checkpoints.save_policy(path)
+
     def _explain(self, error: Exception) -> None:
         """Raise ``TrainingError`` for what is no bug of ours."""
         hint = ""
