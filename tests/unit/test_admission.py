@@ -63,6 +63,15 @@ async def test_a_pool_with_room_for_all_grants_everything_at_once() -> None:
     assert await n_live(shared) == 1  # with that, as many as max_live allows
 
 
+async def test_what_an_episode_begins_with_may_count_as_growth() -> None:
+    shared = admission(100, max_live=2, growth=20)
+    one = await shared.enter(30, 15)
+    assert (one.granted, one.most) == (35, 35)
+    assert await shared.room(one, 30) == 5
+    used_up = await shared.enter(30, 20)
+    assert used_up.most == 31
+
+
 async def test_a_quarter_of_the_bound_is_set_aside_until_lengths_are_known() -> None:
     # 36 each, and the first one's 74 that it may still ask for.
     assert await n_live(admission(330, lengths=[5] * 7)) == (330 - 74) // 36

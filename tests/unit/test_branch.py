@@ -172,15 +172,26 @@ def test_drawn_calls_depend_on_the_seed_alone() -> None:
 
 async def test_seeds_of_continuations(setup) -> None:
     sandbox = setup.sandbox()
-    groups = await setup.roll_out([BAD, BAD], sandbox)
-    engine = ScriptedEngine({PROMPT: [setup.script("x")]})
-    policy = BranchPolicy(l_suf=9, group_size=3)
+    groups = await setup.roll_out([BAD, f"so\n{BAD}"], sandbox)
+    asked = []
+
+    class Recording(ScriptedEngine):
+        def generate(self, request):
+            asked.append(request.sampling.seed)
+            return super().generate(request)
+
+    contexts = (PROMPT, (*PROMPT, *setup.ids("so")))
+    engine = Recording({context: [setup.script("x")] for context in contexts})
+    policy = BranchPolicy(l_suf=1, group_size=3)
 
     async def seeds(base: int) -> list[list[int]]:
+        asked.clear()
         steps = await setup.branch(
             engine, sandbox, groups, policy, sampling=replace(setup.sampling, seed=base)
         )
-        return [[t.seed for t in s.continuations] for s in steps]
+        drawn = [[t.seed for t in s.continuations] for s in steps]
+        assert {s for group in drawn for s in group} == set(asked)
+        return drawn
 
     first = await seeds(5)
     assert first == await seeds(5)
@@ -189,6 +200,9 @@ async def test_seeds_of_continuations(setup) -> None:
     assert len(drawn) == 6
     assert not drawn & parents
     assert not drawn & {s for group in await seeds(6) for s in group}
+    # A call's seeds depend on no other call.
+    groups[0].trajectories.reverse()
+    assert await seeds(5) == first[::-1]
 
 
 async def test_the_parents_budgets_go_on(setup) -> None:

@@ -150,6 +150,9 @@ async def test_again_from_each_step(world, fake_sandbox) -> None:
         assert first_difference(recorded, again) is None
         assert len(again.attempts) == 1
         assert engine.seeds[0] == recorded.seed_at(at_token) != recorded.seed
+    again = await world.replayer(world.engine(""), backtrack=policy).rerun(recorded, second.end)
+    assert first_difference(recorded, again) is None
+    assert again.tool_calls == recorded.tool_calls  # the last was answered from the record
     live = fake_sandbox(lambda _: ExecutionResult(Status.OK, "43"))
     engine = world.engine("x<|im_end|>")
     context = (*recorded.token_ids[: second.end], *world.encode("\n```output\n43\n```\n"))

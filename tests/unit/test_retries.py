@@ -245,7 +245,7 @@ async def test_an_episode_goes_on_from_where_it_was_cut(correct) -> None:
         (second.start - 2, f"b\n{GOOD}end<|im_end|>"),
         (second.start + 7, "ood\n```end<|im_end|>"),  # within the block
         (second.end, "end<|im_end|>"),  # it is run again
-        (len(whole) - 3, "nd<|im_end|>"),
+        (len(whole) - 4, "end<|im_end|>"),
     ]:
         start = beginning(whole, length)
         context = tuple(whole.token_ids[: length + len(ANSWER) * (length == second.end)])

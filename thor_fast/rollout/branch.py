@@ -4,9 +4,9 @@ THOR's step level (section 3.3): the prefix is cut ``l_suf`` tokens before the f
 continuation is one block, and it is rewarded by whether that block runs::
 
     parent        prompt | think ```python sun([1]) ``` | NameError ... | ...
-    prefix        prompt | thi
-    continuation               nk of the sum ```python sum([1]) ```          passed: 1.0
-    continuation               nk, no code needed: 1 <eos>                   no call: 0.0
+    prefix        prompt | th
+    continuation             ink of the sum ```python sum([1]) ```           passed: 1.0
+    continuation             ink, no code needed: 1 <eos>                    no call: 0.0
 
 The continuations are episodes like any other, run by the scheduler: they begin where the parent
 stood at the cut (its calls and its response tokens count for the limits), share the KV of the
