@@ -336,6 +336,17 @@ def test_settings_that_cannot_be(tmp_path, text, message) -> None:
         load_toml(path, TrainerConfig)
 
 
+def test_a_terminal_gets_a_bar(trainer, monkeypatch, capsys) -> None:
+    trainer(steps=2).train()
+    plain = capsys.readouterr().err
+    assert [line.split()[:2] for line in plain.splitlines()] == [["step", "1/2"], ["step", "2/2"]]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    trainer(steps=2).train()
+    bar = capsys.readouterr().err
+    assert "100%" in bar
+    assert "step 1/2" not in bar
+
+
 def test_unknown_trackers(trainer, tmp_path) -> None:
     with pytest.raises(ConfigError, match="trackers is 'tensorboard', expected an output_dir"):
         trainer(trackers="tensorboard")

@@ -26,6 +26,7 @@ from thor_fast.types import ExecutionRequest, ExecutionResult, Trajectory
 
 VOCAB, EOS = 24, 1
 TINY = {
+    "device": "cpu",
     "steps": 4,
     "train_prompts": 2,
     "group_size": 4,

@@ -15,6 +15,7 @@ from thor_fast.rl.settings import LoraSettings, TrainerConfig
 __all__ = [
     "accelerator_of",
     "adapted",
+    "check_device",
     "copy_weights",
     "enable_checkpointing",
     "sharded",
@@ -32,6 +33,7 @@ def accelerator_of(config: TrainerConfig, output_dir: Path | None) -> Accelerato
         raise ConfigError(f"trackers is {config.trackers!r}, expected an output_dir with them")
     try:
         accelerator = Accelerator(
+            cpu=config.device == "cpu",
             mixed_precision=config.mixed_precision,
             log_with=names or None,
             project_dir=None if output_dir is None else str(output_dir),
@@ -62,6 +64,17 @@ def adapted(model: PreTrainedModel, lora: LoraSettings | None) -> Any:
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, settings)
+
+
+def check_device(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Raise ``ConfigError`` for a model that is elsewhere.
+
+    It is not moved: an engine over it has its cache where it was.
+    """
+    found, wanted = model.device, accelerator.device
+    same_place = wanted.index is None or found.index is None or found.index == wanted.index
+    if found.type != wanted.type or not same_place:
+        raise ConfigError(f"the model is on {found}, expected {wanted} before an engine is made")
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -121,10 +121,10 @@ class TrainerConfig:
     ``recompute_old_logprobs``: policy ratios are against the trainer's own log-probs before the
     first update, not against those the engine sampled with; ``rollout_weight_cap``: then weigh
     tokens by the ratio of these two, at most so much (truncated importance sampling).
-    ``max_live``: episodes at a time, the engine's limit by default.
-    ``mixed_precision``: ``no`` or ``bf16`` (autocast; weights and optimizer stay as they are).
-    ``trackers``: accelerate's, by name, separated by commas. ``branch``: sample failed calls again,
-    as groups of the step level; ``max_groups`` of each rank.
+    ``max_live``: episodes at a time, the engine's limit by default. ``device``: ``auto`` is
+    accelerate's choice. ``mixed_precision``: ``no`` or ``bf16`` (autocast; weights and optimizer
+    stay as they are). ``trackers``: accelerate's, by name, separated by commas. ``branch``: sample
+    failed calls again, as groups of the step level; ``max_groups`` of each rank.
     """
 
     steps: int = 100
@@ -139,6 +139,7 @@ class TrainerConfig:
     recompute_old_logprobs: bool = False
     rollout_weight_cap: float | None = None
     max_live: int | None = None
+    device: Literal["auto", "cpu"] = "auto"
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     checkpoint_every: int = 10

@@ -47,7 +47,7 @@ from thor_fast.rl.advantages import hierarchical_advantages, is_informative
 from thor_fast.rl.collect import Collected, Collector, PromptOrder
 from thor_fast.rl.episodes import EpisodeSetup
 from thor_fast.rl.learner import Learner
-from thor_fast.rl.model_setup import accelerator_of, adapted, copy_weights
+from thor_fast.rl.model_setup import accelerator_of, adapted, check_device, copy_weights
 from thor_fast.rl.progress import MetricsLog
 from thor_fast.rl.resume import Checkpointing, RunState
 from thor_fast.rl.rollout_metrics import (
@@ -78,7 +78,7 @@ class Trainer:
     from the newest checkpoint there, if there is one.
 
     Raises ``ConfigError`` for an ``output_dir`` with checkpoints that is not to be resumed, or that
-    is of a run with other settings.
+    is of a run with other settings; for a model that is not on accelerate's device.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Trainer:
         )
         if self._accelerator.is_fsdp2 and engine_model is None:
             raise ConfigError("the model is to be sharded, expected an engine_model for the engine")
-        model.to(self._accelerator.device)
+        check_device(model, self._accelerator)
         self._learner = Learner(adapted(model, config.lora), self._accelerator, config)
         self._engine_model = None if engine_model is None else adapted(engine_model, config.lora)
         self._checkpoints = Checkpointing(self._learner, self._accelerator, config, output_dir)
