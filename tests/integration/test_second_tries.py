@@ -225,9 +225,16 @@ async def continued(engine, ids, session, n=24, **sampling) -> list[int]:
     return [t async for chunk in engine.generate(request) for t in chunk.token_ids]
 
 
-@settings(deadline=None, max_examples=8)
+@pytest.fixture(scope="module")
+def warm(world):
+    engine = world.engine()
+    yield engine
+    asyncio.run(engine.aclose())
+
+
+@settings(deadline=None, max_examples=6)
 @given(data=st.data())
-def test_kv_behind_a_rollback_is_that_of_a_cold_run(world, plain, data) -> None:
+def test_kv_behind_a_rollback_is_that_of_a_cold_run(world, plain, warm, data) -> None:
     """Greedy tokens after truncate, after fork and from nothing are the same; and the same seed
     from the same position draws the same tokens again."""
     t = data.draw(st.sampled_from([t for g in plain for t in g.trajectories if t.tool_calls]))
@@ -236,7 +243,7 @@ def test_kv_behind_a_rollback_is_that_of_a_cold_run(world, plain, data) -> None:
     kept = t.token_ids[:cut]
 
     async def run() -> None:
-        warm, cold = world.engine(), world.engine()
+        cold = world.engine()
         await continued(warm, t.token_ids, "a", temperature=0)
         await warm.truncate("a", cut)
         drawn = await continued(warm, kept, "a", seed=seed)
@@ -250,7 +257,6 @@ def test_kv_behind_a_rollback_is_that_of_a_cold_run(world, plain, data) -> None:
         for session in ("a", fork):
             await warm.release(session)
         assert warm.kv_budget.live_sequences == 0
-        await warm.aclose()
         await cold.aclose()
 
     asyncio.run(run())
