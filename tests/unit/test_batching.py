@@ -137,7 +137,7 @@ def test_a_family_that_does_not_fit_is_shared_in_parts():
     prompt = make_prompt(rng, 20)
     made = [make_trajectory(rng, prompt, (4,)) for _ in range(5)]
     sequences = [TrainingSequence(t, 1, 1.0, 0) for t in made]
-    batches = pack(sequences, max_tokens=30, share_prefixes=True)
+    batches = pack(sequences, max_tokens=29, share_prefixes=True)
     assert [len(b.token_ids) for b in batches] == [29, 29, 24]
     assert [b.prefix is None for b in batches] == [False, False, True]
 
