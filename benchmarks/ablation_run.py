@@ -106,7 +106,7 @@ def _trained(
         train_prompts=p.train_prompts,
         group_size=p.group_size,
         max_batches=1,
-        micro_batch_tokens=2048,
+        micro_batch_tokens=512,
         limits=limits_of(order.tool),
         optimizer=OptimizerSettings(lr=p.lr, weight_decay=0.0),
         branch=branch if order.train == "both" else None,

@@ -83,6 +83,16 @@ def test_several_updates_of_one_rollout(trainer) -> None:
     assert metrics["updates"] == 4  # no more than groups
 
 
+def test_thors_denominators(trainer) -> None:
+    """With one level and one micro-batch they are the global ones."""
+    results = [
+        trainer(steps=1, micro_batch_tokens=4096, loss={"normalizer": name}).train()[0]
+        for name in ("global", "thor")
+    ]
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=1e-6)
+    assert results[1]["grad_norm"] == pytest.approx(results[0]["grad_norm"], rel=1e-6)
+
+
 @pytest.mark.parametrize("cap", [None, 2.0])
 def test_old_logprobs_of_the_trainers_own(trainer, cap) -> None:
     """An engine that samples from something else: ratios against the trainer's own start at 1."""

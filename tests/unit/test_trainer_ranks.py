@@ -49,26 +49,20 @@ def losses(folder: Path) -> list[float]:
 @pytest.mark.skipif(not dist.is_available(), reason="torch is built without torch.distributed")
 def test_two_processes_train_as_one(tmp_path) -> None:
     """The sharded run is cut after two steps, and resumed."""
-    plans = {
-        "parallel": [{}],
-        "sharded": [{"shard": True, "steps": 2}, {"shard": True, "resume": True}],
-    }
-    ranks = {
-        name: launch([{"output_dir": str(tmp_path / name), **COMMON, **part} for part in parts])
-        for name, parts in plans.items()
-    }
+    folders = [tmp_path / "parallel", tmp_path / "sharded"]
+    parallel, sharded = ({"output_dir": str(folder), **COMMON} for folder in folders)
+    sharded["shard"] = True
+    ranks = launch([parallel, {**sharded, "steps": 2}, {**sharded, "resume": True}])
     run(str(tmp_path / "one"), **COMMON)
-    for processes in ranks.values():
-        for process in processes:
-            _, stderr = process.communicate(timeout=600)
-            assert process.returncode == 0, stderr
+    for process in ranks:
+        _, stderr = process.communicate(timeout=600)
+        assert process.returncode == 0, stderr
     expected = torch.load(tmp_path / "one" / "weights.pt")
-    for name in plans:
-        folder = tmp_path / name
+    for folder in folders:
         assert losses(folder) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
         found = torch.load(folder / "weights.pt")
         assert found.keys() == expected.keys()
         for parameter, value in expected.items():
-            assert float((found[parameter] - value).abs().max()) < BOUND, (name, parameter)
+            assert float((found[parameter] - value).abs().max()) < BOUND, parameter
         files = {path.name for path in (folder / "trajectories").iterdir()}
         assert {"step-000004-rank0.jsonl", "step-000004-rank1.jsonl"} <= files

@@ -28,16 +28,17 @@ SCRIPT = Path(__file__).parent / "training_run.py"
 PEFT = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
 
 
-def start(**options) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-P", str(SCRIPT), json.dumps([options])], stderr=subprocess.PIPE
+def in_a_process(*runs) -> int:
+    """Its exit status."""
+    done = subprocess.run(
+        [sys.executable, "-P", str(SCRIPT), json.dumps(runs)],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=600,
+        check=False,
     )
-
-
-def done(process: subprocess.Popen[bytes]) -> int:
-    _, stderr = process.communicate(timeout=600)
-    assert process.returncode in (0, -signal.SIGKILL), stderr.decode()
-    return process.returncode
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
 
 
 def numbers(folder: Path) -> list[dict[str, float]]:
@@ -62,10 +63,11 @@ def tokens(folder: Path) -> dict[str, list[list[int]]]:
 def test_a_killed_run_goes_on_exactly(tmp_path) -> None:
     """SIGKILL in the middle of the third step's rollouts, after a checkpoint of the second."""
     through, killed = tmp_path / "through", tmp_path / "killed"
-    runs = [start(output_dir=str(through)), start(output_dir=str(killed), die_after=2 * 8 + 5)]
-    assert [done(run) for run in runs] == [0, -signal.SIGKILL]
+    first = {"output_dir": str(killed), "die_after": 2 * 8 + 5}
+    assert in_a_process(first) == -signal.SIGKILL
     assert [m["step"] for m in numbers(killed)] == [1, 2]
-    assert done(start(output_dir=str(killed), resume=True)) == 0
+    again = {"output_dir": str(killed), "resume": True}
+    assert in_a_process({"output_dir": str(through)}, again) == 0
     expected, found = numbers(through), numbers(killed)
     assert [m["step"] for m in found] == [1, 2, 3, 4]
     assert found == expected
