@@ -35,7 +35,7 @@ Fleet::Fleet(const OrchestratorConfig& config, int wake, JobQueue* jobs)
       jobs_(jobs),
       epoll_(::epoll_create1(EPOLL_CLOEXEC)),
       wake_(wake),
-      jails_((config.tiers.size() + 1) * config.slots + config.max_dialogues),
+      jails_((config.tiers.size() + 2) * config.slots + config.max_dialogues),
       groups_(jails_.size()),
       deadlines_(config.tiers.size() + jails_.size()) {
   if (!epoll_) throw std::system_error(errno, std::generic_category(), "epoll_create1");
@@ -146,9 +146,14 @@ void Fleet::on_deadline(std::size_t index) {
   }
   const Clock::time_point now = Clock::now();
   if (now >= slot.deadline()) return kill(index, KillReason::kTimeout);
-  if (!slot.aged && now >= slot.started + config_.slot_keeping) {
-    slot.aged = true;  // this turn goes on to serve who waits
+  // This turn goes on to serve who waits.
+  if (!slot.aged && now >= slot.ages(config_.slot_keeping)) {
+    slot.aged = true;
     ++aged_;
+  }
+  if (!slot.late && now >= slot.is_late(config_.slot_keeping)) {
+    slot.late = true;
+    ++late_;
   }
   if (jail.watched) return deadlines_.set(deadline_of_jail(index), next_deadline(slot));
   try {
@@ -423,8 +428,11 @@ void Fleet::watch_output(std::size_t index) {
 
 // Of a snippet whose output is watched.
 Clock::time_point Fleet::next_deadline(const Slot& slot) const {
-  if (slot.aged) return slot.deadline();
-  return std::min(slot.started + config_.slot_keeping, slot.deadline());
+  const Clock::time_point end = slot.deadline();
+  if (slot.late) return end;
+  const Clock::time_point next =
+      slot.aged ? slot.is_late(config_.slot_keeping) : slot.ages(config_.slot_keeping);
+  return std::min(next, end);
 }
 
 // Between a dialogue's steps nobody wants to know what it writes.

@@ -116,6 +116,7 @@ class Fleet {
   Deadlines deadlines_;                             // of tiers, then of jails
   std::size_t running_ = 0;
   std::size_t aged_ = 0;  // of them
+  std::size_t late_ = 0;  // of these
   std::string failure_;   // why the last tier or jail could not start
   OrchestratorCounts counts_;
 };

@@ -45,9 +45,11 @@ void Fleet::replace_jail(std::size_t tier) {
 
 // Most snippets are over in milliseconds; the few that are not, endless loops among them, would
 // stop all others for the whole of their limit. So up to as many as there are slots run beside
-// these.
+// these; and once a quarter of its time is over, each makes room for one more.
 bool Fleet::has_room() const {
-  return running_ - std::min<std::size_t>(aged_, config_.slots) < config_.slots;
+  const std::size_t beside = std::min<std::size_t>(aged_, config_.slots);
+  const std::size_t more = std::min<std::size_t>(late_, config_.slots);
+  return running_ < config_.slots + beside + more;
 }
 
 void Fleet::serve_queued() {
@@ -204,6 +206,7 @@ void Fleet::finish(std::size_t index, Result result) {
   const std::optional<Slot> slot = std::exchange(jails_[index]->slot, std::nullopt);
   --running_;
   if (slot->aged) --aged_;
+  if (slot->late) --late_;
   publish();  // who sees the result sees the counts that go with it
   jobs_->answer(slot->job, std::move(result));
 }

@@ -1,6 +1,8 @@
 // One request being served as the orchestrator sees it, and the verdict on what became of it.
 #pragma once
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -49,11 +51,22 @@ struct Slot {
     return started + (job.request.limits.timeout - output.wall);
   }
 
+  // When it has run for so long, `keeping`, that others need not wait for it.
+  [[nodiscard]] Clock::time_point ages(std::chrono::nanoseconds keeping) const {
+    return started + keeping;
+  }
+
+  // When it has also used up a quarter of its time.
+  [[nodiscard]] Clock::time_point is_late(std::chrono::nanoseconds keeping) const {
+    return std::max(ages(keeping), started + (deadline() - started) / 4);
+  }
+
   Job job;
   Output output;
   Clock::time_point started;
   KillReason killed = KillReason::kNone;
-  bool aged = false;  // it has run for so long that others need not wait for it
+  bool aged = false;  // see ages()
+  bool late = false;  // see is_late(); then it is aged too
 };
 
 // Beyond this many times max_output_bytes a stream is a flood and its writer is killed; up to it

@@ -164,6 +164,22 @@ TEST(Orchestrator, NotMoreThanTwiceTheSlotsRun) {
   EXPECT_EQ(await(*sink, 1).at(0).ticket, second);
 }
 
+// Both of the first two run by then: one for longer than it keeps a slot, the other in the slot.
+TEST(Orchestrator, AfterAQuarterOfItsTimeALongOneMakesRoomForOneMore) {
+  Orchestrator orchestrator(stub_config(1));
+  auto sink = std::make_shared<CompletionQueue>();
+  const std::uint64_t late = orchestrator.submit(command("spin", milliseconds(8'000)), sink);
+  const std::uint64_t other = orchestrator.submit(command("spin"), sink);
+  const std::uint64_t waiting = orchestrator.submit(command("print x"), sink);
+  const Completion first = await(*sink, 1).at(0);
+  EXPECT_EQ(first.ticket, waiting);
+  EXPECT_EQ(first.result.stdout_data, "x");
+  orchestrator.cancel(late);
+  EXPECT_EQ(await(*sink, 1).at(0).ticket, late);
+  orchestrator.cancel(other);
+  EXPECT_EQ(await(*sink, 1).at(0).ticket, other);
+}
+
 TEST(Orchestrator, AFullQueueAnswersAtOnce) {
   OrchestratorConfig small = stub_config(1);
   small.queue_capacity = 2;

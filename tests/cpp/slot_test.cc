@@ -46,6 +46,15 @@ Result conclude_now(const Slot& slot, const Message& exited, bool killed_for_mem
   return conclude(slot, {exited, killed_for_memory}, kStart + milliseconds(5));
 }
 
+TEST(Slot, IsLateAfterAQuarterOfItsTimeButNeverBeforeItAges) {
+  Slot slot = slot_with("");
+  EXPECT_EQ(slot.ages(milliseconds(20)), kStart + milliseconds(20));
+  EXPECT_EQ(slot.is_late(milliseconds(20)), kStart + milliseconds(25));
+  EXPECT_EQ(slot.is_late(milliseconds(70)), kStart + milliseconds(70));
+  slot.output.wall = milliseconds(40);  // of a dialogue's earlier steps
+  EXPECT_EQ(slot.is_late(milliseconds(10)), kStart + milliseconds(15));
+}
+
 TEST(Conclude, SilentSuccessIsOk) {
   const Result result = conclude_now(slot_with(""), exited_with(0));
   EXPECT_EQ(result.status, Status::kOk);

@@ -52,8 +52,9 @@ class NativeSandbox(ClosedOnExit):
 
     Args:
         slots: snippets that run at a time, besides as many that have run for longer than 0.1 s and
-            no longer keep others waiting; default: the CPUs this process may use. With more,
-            limits mean less: snippets time out waiting for each other.
+            no longer keep others waiting, and one more for each of these that has used up a
+            quarter of its time; default: the CPUs this process may use. With more, limits mean
+            less: snippets time out waiting for each other.
         limits: what a request that names none gets.
         tiers: which warm interpreters there are; a snippet's imports choose. The first starts at
             once, each other when it is first asked for (see :meth:`warm_up`).

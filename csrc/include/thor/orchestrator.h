@@ -10,8 +10,9 @@
 //                          <---------------- PARKED: it has forked the next child
 //
 // Callers never block on a snippet unless they call CompletionQueue::wait. At most `slots` snippets
-// run at a time, besides as many that have run for longer than 0.1 s; the rest queue here, and
-// their clocks start only when they do.
+// run at a time, besides as many that have run for longer than 0.1 s, and one more for each of
+// these that has used up a quarter of its time; the rest queue here, and their clocks start only
+// when they do.
 #pragma once
 
 #include <chrono>

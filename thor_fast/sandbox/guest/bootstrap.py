@@ -16,7 +16,6 @@ import gc
 import importlib
 import importlib.machinery
 import importlib.util
-import io
 import json
 import os
 import sys
@@ -83,10 +82,6 @@ def _become_main(filename: str, workdir: str) -> dict[str, Any]:
     sys.modules["__main__"] = main
     sys.argv = [filename]
     sys.path.insert(0, workdir)
-    for stream in (sys.stdout, sys.stderr):
-        # What was printed before a kill must have left the process.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)
     return main.__dict__
 
 
@@ -96,6 +91,7 @@ def main(config: dict[str, Any]) -> NoReturn:
         os.environ.pop(name, None)
     core = _load_core(config["core"])
     core.use_own_arenas()
+    core.pace_standard_output()  # before a module can have kept the other
     sys.path.extend(config["paths"])
     for name in config["preload"]:
         importlib.import_module(name)
