@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from thor_fast.config import dump_toml, load_toml
-from thor_fast.errors import ConfigError, TrainingError
+from thor_fast.errors import ConfigError, SandboxError, TrainingError
 from thor_fast.rl import checkpoints
 from thor_fast.rl.settings import TrainerConfig
 from thor_fast.rollout.records import read_trajectories
@@ -265,6 +265,21 @@ def test_a_bug_comes_out_as_it_is(trainer) -> None:
     made = trainer()
     made._learner.update = lambda _: 1 / 0
     with pytest.raises(ZeroDivisionError):
+        made.train()
+
+
+def test_several_episodes_that_fail_alike_are_one_error(trainer) -> None:
+    made = trainer()
+
+    async def fail(*_):
+        raise ExceptionGroup("episodes", errors)
+
+    made._collector.scheduler.run = fail
+    errors = [SandboxError("the sandbox is closed"), SandboxError("the sandbox is closed")]
+    with pytest.raises(TrainingError, match=r"step 1: the sandbox is closed; there is no"):
+        made.train()
+    errors = [SandboxError("the sandbox is closed"), KeyError("a bug")]
+    with pytest.raises(ExceptionGroup, match="episodes"):
         made.train()
 
 

@@ -139,8 +139,8 @@ class Trainer:
                 while self.state.step < self.config.steps:
                     try:
                         metrics = runner.run(self._step())
-                    except (ThorError, RuntimeError, MemoryError) as error:
-                        self._explain(error)
+                    except (ThorError, RuntimeError, MemoryError, ExceptionGroup) as error:
+                        self._explain(_first(error))
                         raise
                     log.log(self.state.step, metrics)
                     history.append(metrics)
@@ -229,6 +229,13 @@ class Trainer:
             "groups": float(found.kept),
             "informative": found.informative / (wanted * found.batches),
         }
+
+
+def _first(error: Exception) -> Exception:
+    """Of several episodes that failed alike the first error; a bug among them is not hidden."""
+    if isinstance(error, ExceptionGroup) and error.split(ThorError)[1] is None:
+        return _first(error.exceptions[0])
+    return error
 
 
 def _is_out_of_memory(error: Exception) -> bool:
