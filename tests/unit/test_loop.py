@@ -306,7 +306,7 @@ async def test_misuse_and_bugs_come_out(episode, fake_sandbox) -> None:
 
 
 async def test_a_used_trajectory_cannot_be_filled(tokenizers, fake_sandbox) -> None:
-    with pytest.raises(DataError, match="a prompt of 3 tokens .* expected the 2 tokens of"):
+    with pytest.raises(DataError, match=r"a prompt of 3 tokens .* expected the 2 tokens of"):
         await run_episode(
             ScriptedEngine({}), fake_sandbox(), PythonTool(tokenizers.bytes), PROMPT,
             RolloutLimits(), encode=list, sampling=SamplingParams(),
