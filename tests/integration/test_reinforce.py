@@ -27,15 +27,15 @@ FAMILIES = ("linear", "chain")  # those that leave most to learn: 45 and 71 % at
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:step .* to learn from:RuntimeWarning")
 def test_thirty_steps_improve_the_reward():
-    """Six tasks, again and again: what changes from step to step is the policy alone.
+    """Four tasks, again and again: what changes from step to step is the policy alone.
 
-    240 episodes at either end: their means have standard deviations of 0.03 and 0.02, so the bound
-    is four above no gain at all. The gain that was found with eight tasks is 0.28.
+    160 episodes at either end, 0.68 and 0.94: the difference has a standard deviation of 0.04. The
+    bound is three of them from no gain at all, and three from the gain that was found.
     """
     config = TrainerConfig(
         device="cpu",
         steps=STEPS,
-        train_prompts=6,
+        train_prompts=4,
         group_size=8,
         max_batches=1,
         micro_batch_tokens=512,
@@ -44,13 +44,13 @@ def test_thirty_steps_improve_the_reward():
     )
     model, tokenizer = load_tiny_policy()
     with NativeSandbox() as sandbox:
-        tasks = task_set(6, TRAIN_SEED, FAMILIES)
+        tasks = task_set(4, TRAIN_SEED, FAMILIES)
         trainer = make_trainer(model, tokenizer, sandbox, tasks, config)
         history = trainer.train()
         asyncio.run(trainer.engine.aclose())
     rewards = [metrics["reward"] for metrics in history]
     success = [metrics["call_success"] for metrics in history]
-    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15, rewards
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.12, rewards
     assert sum(success[-5:]) / 5 > sum(success[:5]) / 5, success
 
 
