@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from thor_fast.engines.base import SamplingParams
 from thor_fast.engines.scripted import Script, ScriptedEngine
 from thor_fast.rollout import RolloutLimits, run_episode
+from thor_fast.rollout.snippet_times import SnippetTimes
 from thor_fast.sandbox import ExecutionRequest, NativeSandbox, Status
 from thor_fast.tools import ExecutionLimits, PythonTool
-from thor_fast.types import StopReason, Trajectory
+from thor_fast.types import ExecutionResult, StopReason, Trajectory
 
 from .statement_programs import INVALID, INVALID_AS_TEXT, REVEALING, TYPICAL, VALID
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from thor_fast.engines.base import GenerateRequest, TokenChunk
-    from thor_fast.types import ExecutionResult
 
     Until = Callable[[Callable[[], object]], Awaitable[None]]
 
@@ -49,6 +49,7 @@ async def run(
     limits: ExecutionLimits,
     engine: ScriptedEngine,
     trajectory: Trajectory | None = None,
+    times: SnippetTimes | None = None,
 ) -> Trajectory:
     return await run_episode(
         engine,
@@ -61,6 +62,7 @@ async def run(
         eos_token_ids=frozenset({EOS}),
         session="s",
         trajectory=trajectory,
+        times=times,
     )
 
 
@@ -75,10 +77,11 @@ def episode(
     *,
     watch: bool = True,
     chunk_tokens: int = 1,
+    times: SnippetTimes | None = None,
 ) -> Trajectory:
     """One whose tokens are these pieces of text."""
     engine = ScriptedEngine(scripts(pieces), watch=watch, chunk_tokens=chunk_tokens)
-    return asyncio.run(run(sandbox, pieces, limits, engine))
+    return asyncio.run(run(sandbox, pieces, limits, engine, times=times))
 
 
 def written(code: str, indent: str = "") -> str:
@@ -161,6 +164,48 @@ def test_only_what_may_take_long_is_begun_early(sandbox: NativeSandbox) -> None:
     assert early("print(sum(range(9)))\n") == 0  # nothing follows that it could overlap
     assert early("x = 3\ny = x ** 2\nprint(x, y)\n") == 0
     assert early("import math\ndef f(x):\n    return g(x)\nprint(1)\n") == 0
+
+
+def result(wall_s: float, status: Status = Status.OK) -> ExecutionResult:
+    return ExecutionResult(status, wall_s=wall_s)
+
+
+def test_blocks_begin_early_only_where_snippets_are_long(sandbox: NativeSandbox) -> None:
+    short, long = SnippetTimes(), SnippetTimes()
+    for _ in range(8):
+        short.add(result(0.001))
+        long.add(result(0.1))
+    assert episode(sandbox, list(written(LOOP)), times=short).metrics["early_runs"] == 0
+    assert episode(sandbox, list(written(LOOP)), times=long).metrics["early_runs"] == 1
+
+
+def test_what_counts_as_long() -> None:
+    times = SnippetTimes()
+    for _ in range(7):
+        times.add(result(0.001))
+    assert times.worth_hiding  # too few to tell
+    times.add(result(100.0, Status.INFRA))
+    times.add(result(0.001))
+    assert not times.worth_hiding
+    # One that ran into its limit counts as a second, not as thirty.
+    times.add(result(30.0, Status.TIMEOUT))
+    assert times.worth_hiding
+    for _ in range(50):
+        times.add(result(0.001))
+    assert not times.worth_hiding
+
+
+def test_times_are_taken_of_all_that_runs(sandbox: NativeSandbox) -> None:
+    times = SnippetTimes()
+    slow = "import time\ntime.sleep(0.05)\nprint(1)\n"
+    for _ in range(2):
+        assert episode(sandbox, list(written(slow)), times=times).metrics["early_runs"] == 1
+    for _ in range(8):
+        episode(sandbox, list(written("print(1)\n")), times=times)
+    assert len(times.recent) == 10
+    assert min(times.recent[0], times.recent[1]) >= 0.05
+    # 10 ms on average, unless this machine is slow itself.
+    assert times.worth_hiding == (sum(times.recent) / 10 >= 0.02)
 
 
 class _Gated(ScriptedEngine):

@@ -15,9 +15,10 @@ Who does what::
 Neither side waits for the other: the engine's thread only looks at the text, and the loop only
 hands it on. A stream is not free. Against a plain run it takes 0.4 ms more of this process's time,
 each further piece 0.2 ms, and the fork that it hides is done in 0.3 ms. So text goes out only once
-it has a complete statement that may take longer than that: one with a loop or a call in it. A block
-without one before its last statement is run as ever, and so is every block where the sandbox has no
-streams, or no room for one more.
+it has a complete statement that may take longer than that: one with a loop or a call in it; and
+only while the snippets of this run take so long that it matters (``snippet_times.py``). A block
+without such a statement before its last one is run as ever, and so is every block where snippets
+are short, or where the sandbox has no streams, or no room for one more.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from thor_fast.errors import SandboxError
+from thor_fast.rollout.snippet_times import SnippetTimes
 from thor_fast.sandbox.base import ExecutionStream, Sandbox, StreamingSandbox
 from thor_fast.tools.base import DetectedCall
 from thor_fast.types import ExecutionRequest, ExecutionResult
@@ -47,15 +49,20 @@ _BUSY = re.compile(
 class EarlyRuns:
     """The blocks of one episode, each from its first statements on.
 
-    ``request``: what the sandbox is to run for a call. Belongs to the event loop it is made on, all
-    but :meth:`draft`. :meth:`close` it when the episode ends, whatever its end.
+    ``request``: what the sandbox is to run for a call. ``times``: of the snippets of all episodes.
+    Belongs to the event loop it is made on, all but :meth:`draft`. :meth:`close` it when the
+    episode ends, whatever its end.
     """
 
     def __init__(
-        self, sandbox: Sandbox, request: Callable[[DetectedCall], ExecutionRequest]
+        self,
+        sandbox: Sandbox,
+        request: Callable[[DetectedCall], ExecutionRequest],
+        times: SnippetTimes,
     ) -> None:
         self._sandbox = sandbox
         self._request = request
+        self._times = times
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._block = 0
@@ -65,6 +72,8 @@ class EarlyRuns:
 
     def draft(self, call: DetectedCall) -> None:
         """A call as far as it is written; from any thread, see :meth:`Tool.detector`."""
+        if not self._times.worth_hiding:
+            return
         complete = call.code.rfind("\n") + 1
         busy = _BUSY.search(call.code, self._looked, complete)
         self._looked = complete
@@ -81,11 +90,14 @@ class EarlyRuns:
         stream, fed = self._stream, self._fed
         self._next_block()
         if stream is None:
-            return await self._sandbox.submit(self._request(call)), False
-        try:
-            return await stream.afinish(call.code[fed:]), True
-        finally:
-            stream.close()
+            result = await self._sandbox.submit(self._request(call))
+        else:
+            try:
+                result = await stream.afinish(call.code[fed:])
+            finally:
+                stream.close()
+        self._times.add(result)
+        return result, stream is not None
 
     def drop(self) -> None:
         """The block that has closed need not run."""
