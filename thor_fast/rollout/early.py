@@ -16,9 +16,9 @@ Neither side waits for the other: the engine's thread only looks at the text, an
 hands it on. A stream is not free. Against a plain run it takes 0.4 ms more of this process's time,
 each further piece 0.2 ms, and the fork that it hides is done in 0.3 ms. So text goes out only once
 it has a complete statement that may take longer than that: one with a loop or a call in it; and
-only while the snippets of this run take so long that it matters (``snippet_times.py``). A block
-without such a statement before its last one is run as ever, and so is every block where snippets
-are short, or where the sandbox has no streams, or no room for one more.
+only where results have been waited for less that way (``early_gain.py``). A block without such a
+statement before its last one is run as ever, and so is every block where the sandbox has no
+streams, or no room for one more.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from thor_fast.errors import SandboxError
-from thor_fast.rollout.snippet_times import SnippetTimes
+from thor_fast.rollout.early_gain import EarlyGain
 from thor_fast.sandbox.base import ExecutionStream, Sandbox, StreamingSandbox
 from thor_fast.tools.base import DetectedCall
-from thor_fast.types import ExecutionRequest, ExecutionResult
+from thor_fast.types import ExecutionRequest, ExecutionResult, Status
 
 __all__ = ["EarlyRuns"]
 
@@ -49,35 +50,38 @@ _BUSY = re.compile(
 class EarlyRuns:
     """The blocks of one episode, each from its first statements on.
 
-    ``request``: what the sandbox is to run for a call. ``times``: of the snippets of all episodes.
-    Belongs to the event loop it is made on, all but :meth:`draft`. :meth:`close` it when the
-    episode ends, whatever its end.
+    ``request``: what the sandbox is to run for a call. ``gain``: of all episodes; without it every
+    block that can begins early. Belongs to the event loop it is made on, all but :meth:`draft`.
+    :meth:`close` it when the episode ends, whatever its end.
     """
 
     def __init__(
         self,
         sandbox: Sandbox,
         request: Callable[[DetectedCall], ExecutionRequest],
-        times: SnippetTimes,
+        gain: EarlyGain | None = None,
     ) -> None:
         self._sandbox = sandbox
         self._request = request
-        self._times = times
+        self._gain = gain
         self._loop = asyncio.get_running_loop()
         self._closed = False
         self._block = 0
         self._looked = 0  # characters of this block that :meth:`draft` has judged
+        self._begin: bool | None = None  # whether to run this block early; None if it cannot be
         self._fed = 0  # and that the stream has
         self._stream: ExecutionStream | None = None
 
     def draft(self, call: DetectedCall) -> None:
         """A call as far as it is written; from any thread, see :meth:`Tool.detector`."""
-        if not self._times.worth_hiding:
-            return
         complete = call.code.rfind("\n") + 1
         busy = _BUSY.search(call.code, self._looked, complete)
         self._looked = complete
-        if busy is not None:
+        if busy is None:
+            return
+        if self._begin is None:
+            self._begin = self._gain is None or self._gain.begin()
+        if self._begin:
             # RuntimeError: the loop is closed, and with it the episode.
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._feed, self._block, call)
@@ -87,8 +91,9 @@ class EarlyRuns:
 
         Raises ``SandboxError`` for a sandbox that is closed, or whose queue is full.
         """
-        stream, fed = self._stream, self._fed
+        stream, fed, could = self._stream, self._fed, self._begin is not None
         self._next_block()
+        started = time.perf_counter()
         if stream is None:
             result = await self._sandbox.submit(self._request(call))
         else:
@@ -96,7 +101,8 @@ class EarlyRuns:
                 result = await stream.afinish(call.code[fed:])
             finally:
                 stream.close()
-        self._times.add(result)
+        if could and self._gain is not None and result.status is not Status.INFRA:
+            self._gain.add(time.perf_counter() - started, early=stream is not None)
         return result, stream is not None
 
     def drop(self) -> None:
@@ -115,6 +121,7 @@ class EarlyRuns:
         self._stream = None
         self._block += 1
         self._looked = self._fed = 0
+        self._begin = None
 
     def _feed(self, block: int, call: DetectedCall) -> None:
         if self._closed or block != self._block or not isinstance(self._sandbox, StreamingSandbox):

@@ -38,9 +38,9 @@ from dataclasses import dataclass, field
 from thor_fast.engines.base import Engine, FinishReason, GenerateRequest, SamplingParams, TokenChunk
 from thor_fast.errors import DataError, EngineError
 from thor_fast.rollout.early import EarlyRuns
+from thor_fast.rollout.early_gain import EarlyGain
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.memo import SnippetMemo
-from thor_fast.rollout.snippet_times import SnippetTimes
 from thor_fast.rollout.splice import splice_observation
 from thor_fast.sandbox.base import Sandbox
 from thor_fast.tools.base import DetectedCall, Tool, ToolDetector
@@ -70,7 +70,7 @@ async def run_episode(
     session: str,
     room: Callable[[int], Awaitable[int]] | None = None,
     memo: SnippetMemo | None = None,
-    times: SnippetTimes | None = None,
+    gain: EarlyGain | None = None,
     trajectory: Trajectory | None = None,
 ) -> Trajectory:
     """Run one episode and return its trajectory, which has a ``stop_reason``.
@@ -80,7 +80,7 @@ async def run_episode(
     ``room``: asked before each engine call how many tokens the engine may add to so many (see
     ``admission.py``); where that ends a call, another one follows.
     ``memo``: shared with other episodes, so that equal pure snippets run once.
-    ``times``: shared with other episodes, so that blocks begin early only where snippets are long.
+    ``gain``: shared with other episodes, so that blocks begin early only where that pays.
     ``trajectory``: filled in place if given, so that a caller who cancels still sees what there is
     (``CANCELLED``); it must be empty.
 
@@ -100,7 +100,7 @@ async def run_episode(
             "the prompt and no more"
         )
     trajectory.seed, trajectory.weight_version = sampling.seed, engine.weight_version
-    early = EarlyRuns(sandbox, tool.request, SnippetTimes() if times is None else times)
+    early = EarlyRuns(sandbox, tool.request, gain)
     episode = _Running(
         engine, early, tool, limits, encode, sampling, eos_token_ids, session, room, memo,
         trajectory,

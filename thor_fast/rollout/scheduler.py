@@ -27,10 +27,10 @@ from functools import partial
 from thor_fast.engines.base import Engine, SamplingParams
 from thor_fast.errors import ConfigError
 from thor_fast.rollout.admission import Admission, Allowance
+from thor_fast.rollout.early_gain import EarlyGain
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.loop import run_episode
 from thor_fast.rollout.memo import SnippetMemo
-from thor_fast.rollout.snippet_times import SnippetTimes
 from thor_fast.sandbox.base import Sandbox
 from thor_fast.tools.base import Tool
 from thor_fast.types import RolloutGroup, Trajectory
@@ -129,7 +129,7 @@ class RolloutScheduler:
         self._group_size, self._max_live = group_size, max_live
         self._memo = memo and group_size > 1
         self._lengths: deque[int] = deque(maxlen=_LENGTHS_KEPT)
-        self._times = SnippetTimes()
+        self._gain = EarlyGain()
         self._reward, self._progress = reward, progress
 
     async def run(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
@@ -200,7 +200,7 @@ class RolloutScheduler:
                 session=f"{run.name}/{prompt}/{sample}",
                 room=partial(run.admission.room, allowance),
                 memo=memo,
-                times=self._times,
+                gain=self._gain,
             )
             stop = trajectory.stop_reason
             if stop is not None and not stop.is_infrastructure:
