@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from barrier_rollout import barrier_rollout, changed_tokens
 from metering import Meter, MeteredEngine, MeteredSandbox, MeteredStreams, RecordedSandbox
@@ -30,7 +31,7 @@ __all__ = ["MODES", "Result", "Rollouts"]
 # THOR's RL setting.
 SAMPLING = SamplingParams(temperature=1.0)
 
-MODES = ("barrier", "resubmit", "ours", "free")
+MODES = ("barrier", "barrier-loop", "resubmit", "ours", "free")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ class Rollouts:
 
     async def run(self, mode: str, tasks: Sequence[Task], update: Update) -> Result:
         runs: Mapping[str, Callable[[Sequence[Task], Update], Awaitable[Result]]] = {
-            "barrier": self._barrier,
+            "barrier": partial(self._barrier, self._setup.fresh),
+            "barrier-loop": partial(self._barrier, self._setup.sandbox),
             "resubmit": self._resubmit,
             "ours": self._ours,
             "free": self._free,
@@ -99,8 +101,8 @@ class Rollouts:
         sandbox = RecordedSandbox(self._setup.sandbox, meter, self._recorded)
         return await self._schedule(meter, self._setup.engine, sandbox, tasks, update)
 
-    async def _barrier(self, tasks: Sequence[Task], update: Update) -> Result:
-        """All episodes in rounds, text in between."""
+    async def _barrier(self, sandbox: Sandbox, tasks: Sequence[Task], update: Update) -> Result:
+        """All episodes in rounds, text in between, eight snippets at a time."""
         setup, meter = self._setup, Meter()
         tokens = TokenBytes(setup.tokenizer)
         prompts = [
@@ -110,7 +112,7 @@ class Rollouts:
         started = time.perf_counter()
         episodes = await barrier_rollout(
             MeteredEngine(setup.engine, meter),
-            MeteredSandbox(setup.sandbox, meter),
+            MeteredSandbox(sandbox, meter),
             prompts,
             setup.limits,
             encode=setup.encode,

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from report import first_line
+from rollout_tools import TOOLS, WAITING_SLOTS, PreparedSandbox, PreparedStreams
 from subprocess_sandbox import SubprocessSandbox
 
 from thor_fast.engines.base import Engine
 from thor_fast.errors import ConfigError
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.sandbox.base import Sandbox
+from thor_fast.sandbox.tiers import choose_tier
 from thor_fast.synthetic import Task, tiny_policy_path
+from thor_fast.tools import closing_fence_tokens
 
 __all__ = ["Setup", "build"]
 
@@ -33,10 +36,14 @@ _INSTRUCTION = (
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Everything a run needs but the choice of mode."""
+    """Everything a run needs but the choice of mode.
+
+    ``fresh``: a new interpreter per snippet, for the mode that is THOR's way in this, too.
+    """
 
     engine: Engine
     sandbox: Sandbox
+    fresh: Sandbox
     tokenizer: Any
     limits: RolloutLimits
     eos_token_ids: frozenset[int]
@@ -82,7 +89,13 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
 
         engine = scripted_engine(tokenizer, tasks, prompts, encode, seed=args.seed, **sizes)
     elif args.engine == "vllm":
-        engine = vllm_engine.from_pretrained(path, **sizes, **_vllm_pool(args.kv_tokens))
+        engine = vllm_engine.from_pretrained(
+            path,
+            pause_token_ids=closing_fence_tokens(tokenizer),
+            splice_kv=True,
+            **sizes,
+            **_vllm_pool(args.kv_tokens, args.max_sequences),
+        )
     else:
         import torch
 
@@ -95,7 +108,8 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
         engine = PagedEngine.from_pretrained(path, device=device, kv_tokens=args.kv_tokens, **sizes)
     return Setup(
         engine=engine,
-        sandbox=_sandbox(args.sandbox),
+        sandbox=_sandbox(args.sandbox, args.tools),
+        fresh=_sandbox("subprocess", args.tools),
         tokenizer=tokenizer,
         limits=RolloutLimits(max_response_tokens=args.max_context, max_tool_calls=_MAX_TOOL_CALLS),
         eos_token_ids=frozenset({tokenizer.eos_token_id}),
@@ -104,6 +118,8 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
 
 
 def _vllm_engine() -> Any:
+    # Its processes tell of every step they take, unless the caller wants to hear it.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         importlib.import_module("vllm")
     except ImportError as error:
@@ -116,22 +132,30 @@ def _vllm_engine() -> Any:
         raise ConfigError(f"--engine vllm: {error}, expected thor_fast with its engine") from error
 
 
-def _vllm_pool(kv_tokens: int | None) -> dict[str, int]:
-    if kv_tokens is None:
-        return {}
-    # The smallest blocks that vLLM has on a GPU and on a CPU; it keeps one block for itself.
+def _vllm_pool(kv_tokens: int | None, max_sequences: int) -> dict[str, int]:
+    # The smallest blocks that vLLM has on a GPU and on a CPU.
     import torch
 
     block = 16 if torch.cuda.is_available() else 32
-    return {"block_size": block, "num_gpu_blocks_override": kv_tokens // block + 1}
+    if kv_tokens is None:
+        return {"block_size": block}
+    # It keeps one for itself, and the connector one for each sequence.
+    return {
+        "block_size": block,
+        "num_gpu_blocks_override": kv_tokens // block + 1 + max_sequences,
+    }
 
 
-def _sandbox(name: str) -> Sandbox:
+def _sandbox(name: str, tools: str) -> Sandbox:
+    """Warm for what its snippets will import."""
+    prepare = TOOLS[tools]
     if name == "subprocess":
-        return SubprocessSandbox()
+        return PreparedSandbox(SubprocessSandbox(), prepare)
     from thor_fast.sandbox import NativeSandbox
 
-    return NativeSandbox()
+    native = NativeSandbox(slots=WAITING_SLOTS if tools == "slow" else None)
+    native.warm_up(native.tiers[choose_tier(prepare(""), native.tiers)].name)
+    return PreparedStreams(native, prepare)
 
 
 def _has_template(tokenizer: Any) -> bool:

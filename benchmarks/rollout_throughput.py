@@ -1,18 +1,24 @@
 r"""The main job: tokens per second of our rollouts, and of others, in one run.
 
-All modes roll out the same prompts with the same seeds on the same engine and sandbox, in turns:
+All modes roll out the same prompts with the same seeds on the same engine, in turns:
 
-- ``barrier``: as THOR's official code does it, see ``barrier_rollout.py``;
+- ``barrier``: THOR's way, loop and tools: rounds, text in between, eight snippets at a time, each
+  in a fresh interpreter (a plain subprocess, without the server and HTTP that THOR has there);
+- ``barrier-loop``: the same loop with the sandbox of the modes below;
 - ``resubmit``: tokens in, tokens out, on an engine with a prefix cache, see ``resubmit_engine.py``;
 - ``ours``: ``thor_fast.rollout.RolloutScheduler``;
 - ``free``: ours, with tools that cost nothing: recorded results, replayed at once.
 
+``--tools`` says what snippets do besides their own text, in all modes: ``plain`` nothing; ``sympy``
+import it, as models do above their mathematics; ``slow`` wait for 0.25 s or so, on no CPU, as one
+does that asks another service. See ``rollout_tools.py``.
 ``--kv-tokens`` makes the KV pool small: take a third of what ``ours`` holds at the most without it.
 
 By default a tiny policy solves arithmetic by writing Python, on the CPU. ``--engine scripted``
 replays worked solutions instead, 5 ms per token whatever the load: a rollout without a model, and
 without ``resubmit``, for want of a cache.
-``--sandbox subprocess`` is UNSAFE for any model but the tiny policy.
+``barrier`` and ``--sandbox subprocess`` are UNSAFE for any model but the tiny policy: with
+``--model`` they run only if they are named.
 """
 
 from __future__ import annotations
@@ -22,15 +28,14 @@ import asyncio
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 from command_line import OneLineParser, count, exit_status
 from report import append_record, print_table, progress
 from rollout_modes import MODES, Result, Rollouts
 from rollout_setup import Setup, build
+from rollout_tools import TOOLS
 
 from thor_fast.errors import ConfigError
 from thor_fast.synthetic import TEST_SEED, Task, task_set
@@ -51,7 +56,7 @@ async def measure(
             await rollouts.run("ours", tasks, lambda done, total: None)
         for repeat in range(repeats):
             for mode in modes if repeat % 2 == 0 else reversed(modes):
-                with progress(f"{mode:8} {repeat + 1}/{repeats}") as update:
+                with progress(f"{mode:12} {repeat + 1}/{repeats}") as update:
                     results[mode].append(await rollouts.run(mode, tasks, update))
     finally:
         await setup.engine.aclose()
@@ -119,8 +124,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--engine", choices=("paged", "vllm", "scripted"), default="paged")
     add("--model", type=Path, help="folder of a Hugging Face model; default: the tiny policy")
-    add("--sandbox", choices=("native", "subprocess"), default="native")
-    add("--mode", choices=MODES, help="default: all that the engine can do, in turns")
+    add("--sandbox", choices=("native", "subprocess"), default="native", help="but for barrier")
+    add("--tools", choices=TOOLS, default="plain", help="what snippets do; default: plain")
+    add("--mode", choices=MODES, action="append", help="may be repeated; default: all that fit")
     add("--episodes", type=count, default=256, help="one task each; default: 256")
     add("--repeats", type=count, default=3, help="runs of each mode; default: 3")
     add("--seed", type=int, default=0, help="of the sampling noise; default: 0")
@@ -131,21 +137,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _modes(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those asked for, or all that are safe and that the engine can do."""
+    if args.mode is not None:
+        if "resubmit" in args.mode and args.engine == "scripted":
+            raise ConfigError("--mode resubmit: the scripted engine has no prefix cache")
+        return tuple(mode for mode in MODES if mode in args.mode)
+    left_out = {"resubmit"} if args.engine == "scripted" else set()
+    if args.model is not None:
+        left_out.add("barrier")
+    return tuple(mode for mode in MODES if mode not in left_out)
+
+
 def run(args: argparse.Namespace) -> int:
     """Everything the command line asks for; returns 0, raises ``ThorError``."""
-    modes = MODES if args.mode is None else (args.mode,)
-    if args.mode is None and args.engine == "scripted":
-        modes = tuple(mode for mode in MODES if mode != "resubmit")
+    modes = _modes(args)
     tasks = task_set(args.episodes, TEST_SEED)
     print(
-        f"{args.episodes} episodes, {args.engine} engine, {args.sandbox} sandbox, "
-        f"at most {args.max_sequences} live; {', '.join(modes)}; {args.repeats} times",
+        f"{args.episodes} episodes, {args.engine} engine, {args.sandbox} sandbox, {args.tools} "
+        f"tools, at most {args.max_sequences} live; {', '.join(modes)}; {args.repeats} times",
         flush=True,
     )
-    if args.mode == "resubmit" and args.engine == "scripted":
-        raise ConfigError("--mode resubmit: the scripted engine has no prefix cache")
     setup = build(args, tasks)
-    with cast(AbstractContextManager[object], setup.sandbox):
+    with setup.sandbox, setup.fresh:
         results = asyncio.run(measure(setup, tasks, modes, args.repeats))
     params = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     del params["output"]

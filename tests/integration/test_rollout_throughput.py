@@ -42,9 +42,9 @@ def test_default_engine_and_sandbox_in_all_modes(tmp_path: Path) -> None:
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
     lines = done.stdout.splitlines()
-    for progress in ("barrier  1/2: 12 episodes in", "ours     2/2: 12 episodes in"):
+    for progress in ("barrier      1/2: 12 episodes in", "ours         2/2: 12 episodes in"):
         assert any(line.startswith(progress) for line in lines)
-    modes = ["barrier", "resubmit", "ours", "free"]
+    modes = ["barrier", "barrier-loop", "resubmit", "ours", "free"]
     header = next(i for i, line in enumerate(lines) if line.split() == modes)
     names = [line.split("  ")[0] for line in lines[header + 2 :] if not line.startswith(" ")]
     # The table is the last thing printed, and its last rows the ratios.
@@ -82,6 +82,10 @@ def test_default_engine_and_sandbox_in_all_modes(tmp_path: Path) -> None:
         assert ours["prefill_tokens"] < barrier["prefill_tokens"]
         # Seeds, prompts and noise are the same, and this tokenizer's samples survive as text.
         assert ours["correct"] == barrier["correct"] > 0
+    # The sandbox is all they differ in.
+    for barrier, loop in zip(metrics["barrier"], metrics["barrier-loop"], strict=True):
+        for name in ("engine_calls", "tool_calls", "sampled_tokens", "correct"):
+            assert barrier[name] == loop[name]
     for resubmit, free in zip(metrics["resubmit"], metrics["free"], strict=True):
         assert resubmit["prefill_tokens"] > resubmit["least_prefill_tokens"]
         assert resubmit["correct"] == free["correct"] > 0
@@ -108,7 +112,7 @@ def test_scripted_engine_is_exact_and_asked_less_often_without_the_barrier(tmp_p
     )
     assert done.returncode == 0, done.stderr
     metrics = record(output)["metrics"]
-    assert list(metrics) == ["barrier", "ours", "free"]
+    assert list(metrics) == ["barrier", "barrier-loop", "ours", "free"]
     barrier, ours = metrics["barrier"][0], metrics["ours"][0]
     assert barrier["tool_calls"] == ours["tool_calls"]
     assert barrier["correct"] == ours["correct"]
@@ -128,6 +132,40 @@ def test_one_mode_and_the_subprocess_sandbox(tmp_path: Path) -> None:
     assert list(record(output)["metrics"]) == ["ours"]
 
 
+def test_snippets_that_wait_change_nothing_that_the_model_sees(tmp_path: Path) -> None:
+    found = {}
+    for tools in ("plain", "slow"):
+        output = tmp_path / f"{tools}.jsonl"
+        done = run(
+            *("--mode", "ours", "--tools", tools, "--episodes", "8", "--repeats", "1"),
+            *("--output", str(output)),
+        )
+        assert done.returncode == 0, done.stderr
+        (found[tools],) = record(output)["metrics"]["ours"]
+    plain, slow = found["plain"], found["slow"]
+    for name in ("sampled_tokens", "tool_calls", "engine_calls", "correct"):
+        assert plain[name] == slow[name]
+    assert slow["tool_s"] > 0.05 * slow["tool_calls"]
+
+
+def test_another_model_runs_without_a_sandbox_only_if_that_is_asked_for(tmp_path: Path) -> None:
+    made = subprocess.run(
+        [sys.executable, "-W", "error", str(BENCHMARKS / "heavier_policy.py"), str(tmp_path / "m")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert made.returncode == 0, made.stderr
+    options = ("--model", str(tmp_path / "m"), "--episodes", "2", "--repeats", "1")
+    output = tmp_path / "results.jsonl"
+    assert run(*options, "--output", str(output)).returncode == 0
+    assert list(record(output)["metrics"]) == ["barrier-loop", "resubmit", "ours", "free"]
+    named = tmp_path / "named.jsonl"
+    modes = ("--mode", "ours", "--mode", "barrier")
+    assert run(*options, *modes, "--output", str(named)).returncode == 0
+    assert list(record(named)["metrics"]) == ["barrier", "ours"]
+
+
 def test_the_options_are_these_and_no_more() -> None:
     done = run("--help")
     assert done.returncode == 0
@@ -143,6 +181,7 @@ def test_the_options_are_these_and_no_more() -> None:
         "--repeats",
         "--sandbox",
         "--seed",
+        "--tools",
     }
 
 
@@ -152,6 +191,7 @@ def test_the_options_are_these_and_no_more() -> None:
         (["--episodes", "0"], "argument --episodes: '0', expected a whole number of at least 1"),
         (["--repeats", "x"], "argument --repeats: 'x', expected a whole number of at least 1"),
         (["--engine", "tgi"], "argument --engine: invalid choice: 'tgi'"),
+        (["--tools", "fast"], "argument --tools: invalid choice: 'fast'"),
         (["--sandbox", "docker"], "argument --sandbox: invalid choice: 'docker'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--model", "/no/such/place"], "no model at '/no/such/place', expected a folder with"),

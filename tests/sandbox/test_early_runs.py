@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from thor_fast.engines.base import SamplingParams
 from thor_fast.engines.scripted import Script, ScriptedEngine
 from thor_fast.rollout import RolloutLimits, run_episode
+from thor_fast.rollout.early_gain import EarlyGain
 from thor_fast.sandbox import ExecutionRequest, NativeSandbox, Status
 from thor_fast.tools import ExecutionLimits, PythonTool
-from thor_fast.types import StopReason, Trajectory
+from thor_fast.types import ExecutionResult, StopReason, Trajectory
 
 from .statement_programs import INVALID, INVALID_AS_TEXT, REVEALING, TYPICAL, VALID
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from thor_fast.engines.base import GenerateRequest, TokenChunk
-    from thor_fast.types import ExecutionResult
 
     Until = Callable[[Callable[[], object]], Awaitable[None]]
 
@@ -49,6 +49,7 @@ async def run(
     limits: ExecutionLimits,
     engine: ScriptedEngine,
     trajectory: Trajectory | None = None,
+    gain: EarlyGain | None = None,
 ) -> Trajectory:
     return await run_episode(
         engine,
@@ -61,6 +62,7 @@ async def run(
         eos_token_ids=frozenset({EOS}),
         session="s",
         trajectory=trajectory,
+        gain=gain,
     )
 
 
@@ -75,10 +77,11 @@ def episode(
     *,
     watch: bool = True,
     chunk_tokens: int = 1,
+    gain: EarlyGain | None = None,
 ) -> Trajectory:
     """One whose tokens are these pieces of text."""
     engine = ScriptedEngine(scripts(pieces), watch=watch, chunk_tokens=chunk_tokens)
-    return asyncio.run(run(sandbox, pieces, limits, engine))
+    return asyncio.run(run(sandbox, pieces, limits, engine, gain=gain))
 
 
 def written(code: str, indent: str = "") -> str:
@@ -161,6 +164,54 @@ def test_only_what_may_take_long_is_begun_early(sandbox: NativeSandbox) -> None:
     assert early("print(sum(range(9)))\n") == 0  # nothing follows that it could overlap
     assert early("x = 3\ny = x ** 2\nprint(x, y)\n") == 0
     assert early("import math\ndef f(x):\n    return g(x)\nprint(1)\n") == 0
+
+
+def compared(waited_early_s: float, waited_whole_s: float) -> EarlyGain:
+    gain = EarlyGain()
+    for _ in range(8):
+        gain.add(waited_early_s, early=True)
+        gain.add(waited_whole_s, early=False)
+    return gain
+
+
+def test_blocks_begin_early_only_where_that_has_paid(sandbox: NativeSandbox) -> None:
+    def early(gain: EarlyGain) -> list[float]:
+        blocks = [episode(sandbox, list(written(LOOP)), gain=gain) for _ in range(4)]
+        return [trajectory.metrics["early_runs"] for trajectory in blocks]
+
+    assert early(EarlyGain()) == [1, 0, 1, 0]
+    # The first one goes the other way.
+    assert early(compared(0.1, 0.9)) == [0, 1, 1, 1]
+    assert early(compared(0.9, 0.1)) == [1, 0, 0, 0]
+
+
+def test_one_in_sixteen_goes_the_other_way() -> None:
+    pays, does_not = compared(0.1, 0.2), compared(0.001, 0.002)
+    assert [pays.begin() for _ in range(160)].count(False) == 10
+    assert [does_not.begin() for _ in range(160)].count(True) == 10
+
+
+def test_the_answer_follows_what_is_waited_for() -> None:
+    gain = compared(0.001, 0.002)
+    for _ in range(64):
+        gain.add(0.5, early=False)
+    assert [gain.begin() for _ in range(3)] == [False, True, True]
+    # One that ran into its limit counts as a second, not as thirty.
+    gain = compared(0.1, 0.1)
+    for _ in range(56):
+        gain.add(0.1, early=False)
+    gain.add(30.0, early=False)
+    assert [gain.begin() for _ in range(3)] == [False, True, True]
+    gain.add(30.0, early=True)
+    assert [gain.begin() for _ in range(3)] == [False, False, False]
+
+
+def test_only_blocks_that_could_begin_early_are_compared(sandbox: NativeSandbox) -> None:
+    gain = EarlyGain()
+    for code in ("print(1)\n", LOOP, "print(sum(range(9)))\n"):
+        episode(sandbox, list(written(code)), gain=gain)
+    # The one that could was the first asked about, so the next is the second.
+    assert [gain.begin() for _ in range(3)] == [False, True, False]
 
 
 class _Gated(ScriptedEngine):

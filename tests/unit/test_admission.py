@@ -26,8 +26,10 @@ EOS = 1
 CALL = "```py\nx\n```"
 
 
-def admission(pool: int, *, lengths=None, block=1, max_live=99, growth=100, context=10**6):
-    budget = KVBudget(max_live, pool, 0, 0, block)
+def admission(
+    pool: int, *, lengths=None, block=1, max_live=99, running=None, growth=100, context=10**6
+):
+    budget = KVBudget(max_live, pool, 0, 0, block, running)
     return Admission(
         budget,
         [] if lengths is None else lengths,
@@ -83,6 +85,18 @@ async def test_half_fit_their_first_grant() -> None:
     lengths = [*range(1, 11)]
     random.Random(1).shuffle(lengths)
     assert admission(10**3, lengths=lengths).expected_growth == 6
+
+
+async def test_twice_what_decodes_at_a_time_is_live_and_has_all_the_room() -> None:
+    # Usual are 16, and 94 stay free; but no more than 2 x 5 could gain by being live.
+    shared = admission(400, lengths=[5] * 8, running=5)
+    one = await shared.enter(10)
+    assert one.granted == 40
+    assert await n_live(shared) == (400 - 110) // 40
+
+
+async def test_what_is_usual_is_granted_however_many_may_decode() -> None:
+    assert (await admission(400, lengths=[5] * 8, running=50).enter(10)).granted == 16
 
 
 async def test_one_is_live_however_small_the_pool() -> None:

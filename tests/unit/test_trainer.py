@@ -261,6 +261,13 @@ def test_out_of_memory_says_what_to_try(trainer, error) -> None:
         made.train()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
+def test_an_adapter_on_the_head_is_refused(trainer) -> None:
+    model = tiny_model(tied=False)
+    with pytest.raises(ConfigError, match=r"head is lora.Linear.*expected a torch.nn.Linear"):
+        trainer(model, lora={"target_modules": "lm_head"})
+
+
 def test_a_bug_comes_out_as_it_is(trainer) -> None:
     made = trainer()
     made._learner.update = lambda _: 1 / 0

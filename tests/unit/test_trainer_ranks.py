@@ -17,7 +17,13 @@ from .training_run import run
 
 SCRIPT = Path(__file__).parent / "training_run.py"
 # Three groups over two ranks, and micro-batches of one sequence or two: the shares are not equal.
-COMMON = {"train_prompts": 3, "micro_batch_tokens": 24, "checkpoint_every": 1}
+COMMON = {
+    "train_prompts": 3,
+    "micro_batch_tokens": 24,
+    "checkpoint_every": 1,
+    "recompute_old_logprobs": True,
+    "rollout_weight_cap": 2.0,
+}
 # Sums in another order change the last of 24 bits; four steps of Adam at a rate of 1e-2 make 1e-5
 # of it. A wrong denominator or a lost gradient is 1e-2.
 BOUND = 1e-4

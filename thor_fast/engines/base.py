@@ -119,7 +119,8 @@ class KVBudget:
     """How many sequences and tokens of KV the engine can hold at once, and what it holds now.
 
     ``max_sequences`` counts those that pause between two calls, too: an engine may hold more than
-    it runs at a time. ``block_tokens``: a sequence takes up whole blocks of so many tokens.
+    the ``max_running`` that decode at a time, which are ``max_sequences`` where it does not tell.
+    ``block_tokens``: a sequence takes up whole blocks of so many tokens.
     """
 
     max_sequences: int
@@ -127,6 +128,7 @@ class KVBudget:
     live_sequences: int
     live_tokens: int
     block_tokens: int = 1
+    max_running: int | None = None
 
 
 def check_context(token_ids: Sequence[int], max_context: int, vocab_size: int) -> None:

@@ -142,12 +142,13 @@ class PagedEngine:
         """``live_tokens`` counts whole blocks, each of them once, whoever shares it."""
         sequences, tokens = self._steps.table.live
         return KVBudget(
-            # max_sequences bounds those that run; paused ones are bounded by their blocks only.
+            # Paused sequences are bounded by their blocks only.
             max_sequences=self._max_tokens // self._block_size,
             max_tokens=self._max_tokens,
             live_sequences=sequences,
             live_tokens=tokens,
             block_tokens=self._block_size,
+            max_running=self._max_sequences,
         )
 
     @property

@@ -69,6 +69,11 @@ class SessionTable:
         warm = sum(1 for s in list(self._sessions.values()) if s.blocks)
         return warm, (self._pool.size - self._pool.available) * self._block_size
 
+    @property
+    def ample(self) -> bool:
+        """At least half of the pool is held by nobody."""
+        return 2 * self._pool.available >= self._pool.size
+
     def open(self, name: str) -> Session:
         """The session of that name, created cold if unknown."""
         if name not in self._sessions:

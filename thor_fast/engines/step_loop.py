@@ -223,20 +223,23 @@ class StepLoop:
     def _compose(self) -> list[tuple[_Sequence, Chunk]]:
         """The sequences of one step and their new tokens: decoding ones, then prefill.
 
-        Waiting sequences join while there is room: first those whose session holds KV, then first
-        come, first served. They join one by one, so that each finds in the prefix cache what the
-        ones before it compute in this same step.
+        Waiting sequences join while there is room, first come, first served; where blocks may run
+        short those whose session holds KV go first, since they are nearer to giving it back. They
+        join one by one, so that each finds in the prefix cache what the ones before it compute in
+        this same step.
         """
         pairs: list[tuple[_Sequence, Chunk]] = []
         budget = _PREFILL_TOKENS
         for sequence in self._running:
             budget -= self._add(pairs, sequence, budget)
         blocked = False
-        for sequence in sorted(self._waiting, key=lambda s: not s.session.blocks):
+        # In turn as long as it costs nothing: what has begun last, alone, ends last.
+        in_turn = self.table.ample
+        for sequence in sorted(self._waiting, key=lambda s: not (in_turn or s.session.blocks)):
             if not budget or len(self._running) >= self._max_sequences:
                 break
             if not sequence.session.blocks and blocked:
-                break
+                continue
             if self._admit(sequence):
                 budget -= self._add(pairs, sequence, budget)
             else:

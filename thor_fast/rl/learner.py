@@ -50,8 +50,7 @@ class Learner:
     """
 
     def __init__(self, model: Any, accelerator: Accelerator, config: TrainerConfig) -> None:
-        if model.get_output_embeddings().bias is not None:
-            raise ConfigError("the model's head has a bias, expected none")
+        _check_head(model.get_output_embeddings())
         self._accelerator, self._config = accelerator, config
         self._loss = config.loss.module()
         # FSDP2 takes the mean over ranks, we want the sum.
@@ -80,14 +79,28 @@ class Learner:
         return averaged([metrics for metrics in updates if metrics])
 
     def _packed(self, sequences: Sequence[TrainingSequence]) -> list[TrainingBatch]:
+        """Micro-batches with the denominators of all ranks, see ``pack``."""
         c = self._config
-        return pack(
+        batches = pack(
             sequences,
             max_tokens=c.micro_batch_tokens,
             share_prefixes=c.share_prefixes,
             temperature=c.temperature,
             normalizer=c.loss.normalizer,
         )
+        filled = self._as_many_as_others(batches)
+        if c.loss.normalizer == "thor":
+            size = sum(gather_object([b.step_sequences or 0 for b in batches[:1]]))
+            return [replace(batch, step_sequences=size) for batch in filled]
+        counts = reduce(Counts.__add__, gather_object([b.counts for b in batches[:1]]), _NOTHING)
+        return [replace(batch, counts=counts) for batch in filled]
+
+    def _as_many_as_others(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
+        """Filled up with batches of nothing: a sharded model runs on all ranks or on none."""
+        if not self._accelerator.is_fsdp2:
+            return batches
+        most = max(gather_object([len(batches)]))
+        return [*batches, *[_nothing()] * (most - len(batches))]
 
     def _prepared(self, batch: TrainingBatch) -> TrainingBatch:
         """With log-probs that the engine does not know: old ones of our own, the reference's."""
@@ -128,9 +141,8 @@ class Learner:
         return hidden, weight
 
     def _optimizer_step(self, batches: list[TrainingBatch]) -> dict[str, float]:
-        batches = self._with_global_counts(batches)
         metrics = []
-        for batch in self._as_many_as_others(batches):
+        for batch in batches:
             hidden, head = self._hidden_and_head(self.model, batch)
             out: LossOutput = self._loss(hidden, head, batch)
             self._accelerator.backward(out.loss * self._share)
@@ -150,13 +162,6 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return found
 
-    def _as_many_as_others(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
-        """Filled up with batches of nothing: a sharded model runs on all ranks or on none."""
-        if not self._accelerator.is_fsdp2:
-            return batches
-        most = max(gather_object([len(batches)]))
-        return [*batches, *[_nothing(self._config)] * (most - len(batches))]
-
     def _add_up(self, trainable: Sequence[nn.Parameter]) -> None:
         """Gradients over ranks; each has counted the tokens of all of them."""
         if self._accelerator.num_processes == 1 or self._accelerator.is_fsdp2:
@@ -166,16 +171,14 @@ class Learner:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self._accelerator.reduce(parameter.grad, "sum")
 
-    def _with_global_counts(self, batches: list[TrainingBatch]) -> list[TrainingBatch]:
-        """Denominators of the mini-batch over all ranks, see ``pack``."""
-        if self._config.loss.normalizer == "thor":
-            sizes = gather_object([b.step_sequences or 0 for b in batches[:1]])
-            return [replace(batch, step_sequences=sum(sizes)) for batch in batches]
-        counts = reduce(Counts.__add__, gather_object([b.counts for b in batches[:1]]), _NOTHING)
-        return [replace(batch, counts=counts) for batch in batches]
+
+def _check_head(head: nn.Module) -> None:
+    """The loss reads the head's matrix; what else there is would be lost without a word."""
+    if type(head) is not nn.Linear or head.bias is not None:
+        raise ConfigError(f"the model's head is {head}, expected a torch.nn.Linear without bias")
 
 
-def _nothing(config: TrainerConfig) -> TrainingBatch:
+def _nothing() -> TrainingBatch:
     """One token that nobody learns from."""
     zero = torch.zeros(1, dtype=torch.int64)
     return TrainingBatch(

@@ -50,6 +50,7 @@ from thor_fast.rollout.backtrack import (
     roll_back,
 )
 from thor_fast.rollout.early import EarlyRuns
+from thor_fast.rollout.early_gain import EarlyGain
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.memo import SnippetMemo
 from thor_fast.rollout.splice import splice_observation
@@ -82,6 +83,7 @@ async def run_episode(
     session: str,
     room: Callable[[int], Awaitable[int]] | None = None,
     memo: SnippetMemo | None = None,
+    gain: EarlyGain | None = None,
     trajectory: Trajectory | None = None,
     backtrack: BacktrackPolicy | None = None,
     one_call: bool = False,
@@ -93,6 +95,7 @@ async def run_episode(
     ``room``: asked before each engine call how many tokens the engine may add to so many (see
     ``admission.py``); where that ends a call, another one follows.
     ``memo``: shared with other episodes, so that equal pure snippets run once.
+    ``gain``: shared with other episodes, so that blocks begin early only where that pays.
     ``trajectory``: filled in place if given, so that a caller who cancels still sees what there is
     (``CANCELLED``). What it holds already is kept, counts for the limits, and the episode goes on
     behind it; a call that ends with its last token is run again.
@@ -111,7 +114,7 @@ async def run_episode(
     trajectory = _opened(trajectory, tuple(prompt_ids), sampling.seed, engine.weight_version)
     if backtrack is not None:
         backtrack.check(sampling.temperature)
-    early = EarlyRuns(sandbox, tool.request)
+    early = EarlyRuns(sandbox, tool.request, gain)
     episode = _Running(
         engine, early, tool, limits, encode, sampling, eos_token_ids, session, room, memo,
         trajectory, backtrack, one_call,

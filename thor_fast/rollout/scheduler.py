@@ -26,6 +26,7 @@ from thor_fast.engines.base import Engine, SamplingParams
 from thor_fast.errors import ConfigError
 from thor_fast.rollout.admission import Admission, Allowance
 from thor_fast.rollout.backtrack import BacktrackPolicy, beginning
+from thor_fast.rollout.early_gain import EarlyGain
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.loop import run_episode
 from thor_fast.rollout.memo import SnippetMemo
@@ -148,6 +149,7 @@ class RolloutScheduler:
         self._memo = memo and group_size > 1
         self._lengths: deque[int] = deque(maxlen=_LENGTHS_KEPT)
         self._backtrack, self._one_call = backtrack, one_call
+        self._gain = EarlyGain()
         self._reward, self._progress = reward, progress
 
     async def run(self, prompts: Sequence[Prompt]) -> list[RolloutGroup]:
@@ -235,6 +237,7 @@ class RolloutScheduler:
             session=session,
             room=room,
             memo=group.memo,
+            gain=self._gain,
             trajectory=None if start is None else beginning(start, len(start)),
             backtrack=self._backtrack,
             one_call=self._one_call,

@@ -95,8 +95,13 @@ async def test_new_weights_hide_every_old_prefix(make: Make) -> None:
     assert driver.engine.counters.prefix_tokens == 48
 
 
-async def test_a_resumed_session_goes_before_new_ones(make: Make) -> None:
-    driver = make(max_sequences=1, max_context=96, kv_tokens=256)
+@pytest.mark.parametrize(
+    ("kv_tokens", "order"), [(112, ["n0", "old", "n1"]), (256, ["n0", "n1", "old"])]
+)
+async def test_a_resumed_session_goes_before_new_ones_where_blocks_may_run_short(
+    make: Make, kv_tokens: int, order: list[str]
+) -> None:
+    driver = make(max_sequences=1, max_context=96, kv_tokens=kv_tokens)
     tokens, _, _ = await driver.generate(PROMPT, 3, session="old")
     done: list[str] = []
 
@@ -106,10 +111,9 @@ async def test_a_resumed_session_goes_before_new_ones(make: Make) -> None:
 
     new = [asyncio.create_task(one(f"n{i}", PROMPT, 30)) for i in range(2)]
     await driver.until(lambda: driver.engine.counters.calls >= 2)
-    await one("old", PROMPT + tokens, 2)
-    assert done == ["n0", "old"]
-    assert driver.prefill[-1] == 1
-    await asyncio.gather(*new)
+    await asyncio.gather(*new, one("old", PROMPT + tokens, 2))
+    assert done == order
+    assert driver.prefill[done.index("old") + 1] == 1
     assert driver.engine.counters.evictions == 0
 
 
