@@ -264,7 +264,7 @@ def test_out_of_memory_says_what_to_try(trainer, error) -> None:
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is dep:FutureWarning")
 def test_an_adapter_on_the_head_is_refused(trainer) -> None:
     model = tiny_model(tied=False)
-    with pytest.raises(ConfigError, match=r"head is lora.Linear.*expected a torch.nn.Linear"):
+    with pytest.raises(ConfigError, match=r"head is peft.*Linear, expected torch.nn.Linear"):
         trainer(model, lora={"target_modules": "lm_head"})
 
 

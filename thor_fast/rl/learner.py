@@ -174,8 +174,11 @@ class Learner:
 
 def _check_head(head: nn.Module) -> None:
     """The loss reads the head's matrix; what else there is would be lost without a word."""
-    if type(head) is not nn.Linear or head.bias is not None:
-        raise ConfigError(f"the model's head is {head}, expected a torch.nn.Linear without bias")
+    kind = f"{type(head).__module__}.{type(head).__name__}"
+    if type(head) is not nn.Linear:
+        raise ConfigError(f"the model's head is {kind}, expected torch.nn.Linear itself")
+    if head.bias is not None:
+        raise ConfigError("the model's head has a bias, expected none")
 
 
 def _nothing() -> TrainingBatch:
