@@ -101,6 +101,7 @@ def _trained(
         "last", l_suf=L_SUF, group_size=p.step_group_size, max_groups=p.train_prompts
     )
     config = TrainerConfig(
+        device="cpu",
         steps=p.steps,
         seed=order.seed,
         train_prompts=p.train_prompts,
