@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from thor_fast.engines.base import SamplingParams as SamplingParams
     from thor_fast.engines.paged import PagedEngine as PagedEngine
+    from thor_fast.inference import self_correct as self_correct
     from thor_fast.rewards import MathAnswerReward as MathAnswerReward
+    from thor_fast.rewards import MathVerifier as MathVerifier
+    from thor_fast.rl.settings import TrainerConfig as TrainerConfig
+    from thor_fast.rl.trainer import Trainer as Trainer
+    from thor_fast.rollout.backtrack import BacktrackPolicy as BacktrackPolicy
+    from thor_fast.rollout.branch import BranchPolicy as BranchPolicy
     from thor_fast.rollout.limits import RolloutLimits as RolloutLimits
     from thor_fast.rollout.loop import run_episode as run_episode
     from thor_fast.rollout.renderer import Renderer as Renderer
@@ -29,9 +35,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BacktrackPolicy": "thor_fast.rollout.backtrack",
+    "BranchPolicy": "thor_fast.rollout.branch",
     "ExecutionRequest": "thor_fast.types",
     "ExecutionResult": "thor_fast.types",
     "MathAnswerReward": "thor_fast.rewards",
+    "MathVerifier": "thor_fast.rewards",
     "NativeSandbox": "thor_fast.sandbox",
     "ObservationEncoder": "thor_fast.rollout.splice",
     "PagedEngine": "thor_fast.engines.paged",
@@ -43,8 +52,11 @@ _EXPORTS = {
     "SamplingParams": "thor_fast.engines.base",
     "Status": "thor_fast.types",
     "StopReason": "thor_fast.types",
+    "Trainer": "thor_fast.rl.trainer",
+    "TrainerConfig": "thor_fast.rl.settings",
     "Trajectory": "thor_fast.types",
     "run_episode": "thor_fast.rollout.loop",
+    "self_correct": "thor_fast.inference",
 }
 
 __all__ = [*_EXPORTS, "__version__"]

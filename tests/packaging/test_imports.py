@@ -71,6 +71,20 @@ def test_unknown_name_is_an_attribute_error():
     )
 
 
+def test_the_trainer_says_which_extra_it_needs():
+    assert "pip install 'thor_fast[train]'" in _python(
+        """
+        import sys
+        sys.modules["accelerate"] = None
+        import thor_fast
+        try:
+            thor_fast.Trainer
+        except ModuleNotFoundError as error:
+            print(error)
+        """
+    )
+
+
 def test_sandbox_runs_where_torch_is_not_installed():
     code = BLOCK_HEAVY + textwrap.dedent(
         """

@@ -38,8 +38,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
+
+try:
+    from accelerate.utils import gather_object  # type: ignore[import-untyped]
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "the trainer needs accelerate, which is not installed: pip install 'thor_fast[train]'"
+    ) from error
 
 from thor_fast.engines.base import Engine
 from thor_fast.errors import ConfigError, ThorError, TrainingError
