@@ -15,19 +15,18 @@ import queue
 import threading
 import weakref
 from collections import Counter
-from types import TracebackType
-from typing import Self
 
 from thor_fast.errors import ConfigError, RewardError
 from thor_fast.rewards.exact import decide
 from thor_fast.rewards.grader_process import GraderError, GraderProcess
+from thor_fast.sandbox.base import ClosedOnExit
 
 __all__ = ["MathVerifier"]
 
 _CLOSED = "the verifier is closed, expected an open one until everything is scored"
 
 
-class MathVerifier:
+class MathVerifier(ClosedOnExit):
     """``workers`` processes at most, started when needed; ``timeout_s``: wall time of one question.
 
     Any thread may ask. A forked child gets workers of its own. Processes end with :meth:`close`,
@@ -83,17 +82,6 @@ class MathVerifier:
             self._discard(self._idle.get())
         for _ in range(self._workers):
             self._idle.put(None)  # wakes who came too late
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open(self) -> None:
         self._lock = threading.Lock()

@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from thor_fast.errors import DataError
 from thor_fast.rollout.record_fields import (
@@ -29,6 +28,7 @@ from thor_fast.rollout.record_fields import (
     trajectory_fields,
     written_text,
 )
+from thor_fast.sandbox.base import ClosedOnExit
 from thor_fast.types import RolloutGroup, StepGroup
 
 __all__ = ["SCHEMA_VERSION", "RecordedBatch", "TrajectoryWriter", "read_trajectories"]
@@ -48,7 +48,7 @@ class RecordedBatch:
     step_groups: list[StepGroup]
 
 
-class TrajectoryWriter:
+class TrajectoryWriter(ClosedOnExit):
     """Appends batches to a file, which is created if need be; a context manager.
 
     Each batch has left this process when ``write`` returns. Raises ``DataError`` for a file whose
@@ -96,17 +96,6 @@ class TrajectoryWriter:
     def close(self) -> None:
         """Safe to call twice."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def read_trajectories(path: str | Path) -> Iterator[RecordedBatch]:
