@@ -14,6 +14,7 @@ DATA = {
     r"thor_fast/py\.typed",
     r"thor_fast/_core\.pyi",
     r"thor_fast/_core\.cpython-3\d+-[\w-]+\.so",
+    r"thor_fast/synthetic/reinforce\.toml",
     r"thor_fast/synthetic/tiny_policy/[\w.]+\.(json|toml|safetensors)",
 }
 METADATA = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}

@@ -24,6 +24,7 @@ from .fusion_server import (
     finished,
     hanging,
     raw_server,
+    read_request,
     run_in_python,
     serving,
 )
@@ -212,7 +213,7 @@ def test_a_server_that_comes_up_late_is_waited_for(monkeypatch: pytest.MonkeyPat
             late.listen()
             connection, _ = late.accept()
             with connection:
-                connection.recv(65536)
+                read_request(connection)
                 body = json.dumps(finished()({})[1]).encode()
                 head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
                 connection.sendall(head.encode() + body)
