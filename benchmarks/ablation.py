@@ -43,7 +43,7 @@ from thor_fast.errors import ThorError
 RESULTS = Path(__file__).parent / "results" / "ablation.jsonl"
 PRESETS = {
     "full": Preset(
-        steps=50,
+        steps=40,
         train_prompts=32,
         group_size=8,
         step_group_size=8,
