@@ -25,9 +25,22 @@ from thor_fast.engines.openai import OpenAIEngine
 from thor_fast.engines.paged import PagedEngine
 from thor_fast.engines.vllm import VLLMEngine
 from thor_fast.errors import EngineError
-from thor_fast.rollout import ObservationEncoder, Renderer, RolloutLimits, run_episode
+from thor_fast.rollout import (
+    BacktrackPolicy,
+    ObservationEncoder,
+    Renderer,
+    RolloutLimits,
+    run_episode,
+)
 from thor_fast.sandbox import NativeSandbox
-from thor_fast.synthetic import TEST_SEED, load_tiny_policy, task_set, tiny_policy_path
+from thor_fast.synthetic import (
+    HELD_OUT_FAMILIES,
+    TEST_SEED,
+    TRAINED_FAMILIES,
+    load_tiny_policy,
+    task_set,
+    tiny_policy_path,
+)
 from thor_fast.tools import PythonTool, closing_fence_tokens
 from thor_fast.types import StopReason
 
@@ -104,7 +117,7 @@ def episodes(policy, sandbox):
     render, tool, encode = Renderer(tokenizer), PythonTool(tokenizer), ObservationEncoder(tokenizer)
     slots = asyncio.Semaphore(8)
 
-    async def one(engine, index, task, sampling):
+    async def one(engine, index, task, sampling, backtrack):
         async with slots:
             return await run_episode(
                 engine,
@@ -116,12 +129,15 @@ def episodes(policy, sandbox):
                 sampling=replace(sampling, seed=index),
                 eos_token_ids=frozenset({tokenizer.eos_token_id}),
                 session=f"e{index}",
+                backtrack=backtrack,
             )
 
-    async def run(engine, n_tasks, **sampling):
-        tasks = task_set(n_tasks, TEST_SEED)
+    async def run(engine, n_tasks, families=TRAINED_FAMILIES, backtrack=None, **sampling):
+        tasks = task_set(n_tasks, TEST_SEED, families)
         params = SamplingParams(**sampling)
-        return await asyncio.gather(*(one(engine, i, task, params) for i, task in enumerate(tasks)))
+        return await asyncio.gather(
+            *(one(engine, i, task, params, backtrack) for i, task in enumerate(tasks))
+        )
 
     return run
 
@@ -160,6 +176,27 @@ async def test_greedy_trajectories_are_those_of_the_embedded_engine(
         observed = len(trajectory) - len(trajectory.prompt_ids) - int(trajectory.loss_mask.sum())
         resumes = trajectory.metrics["engine_calls"] - 1
         assert trajectory.metrics["resume_prefill_tokens"] == observed + resumes
+
+
+async def test_failed_calls_are_rolled_back_as_in_the_embedded_engine(
+    engine, policy, episodes
+) -> None:
+    """Greedy retries differ by the hint, so both engines must take the same way round."""
+    correct = BacktrackPolicy(l_suf=8, hint=True, attempts_per_call=2)
+    options = {"families": HELD_OUT_FAMILIES, "backtrack": correct, "temperature": 0.0}
+    embedded = PagedEngine(policy[0], max_sequences=8, max_context=MAX_CONTEXT)
+    try:
+        expected = await episodes(embedded, 24, **options)
+    finally:
+        await embedded.aclose()
+    got = await episodes(engine, 24, **options)
+    same(got, expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        assert [a.cut for a in ours.attempts] == [a.cut for a in theirs.attempts]
+        assert [[s.token_ids for s in a.segments] for a in ours.attempts] == [
+            [s.token_ids for s in a.segments] for a in theirs.attempts
+        ]
+    assert sum(len(t.attempts) for t in got) >= 4
 
 
 @pytest.fixture(scope="module")
