@@ -61,7 +61,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def print_results(found: Runs) -> None:
-    """Arms, then what each part adds seed by seed, then how soon T5 is where T4 ends."""
+    """Arms, then what each part adds seed by seed, then how soon a level is reached."""
     arms = arms_of(found)
     columns = ("accuracy, trained", "call success, trained", "accuracy, held out")
     last = "tokens an episode, trained"
@@ -100,21 +100,26 @@ def _plain(values: Sequence[float | None]) -> str:
 
 
 def _reached(episodes: Sequence[Mapping[str, Any]], both: Sequence[Mapping[str, Any]]) -> str:
-    """Where T5's curve is first as high as the mean of T4's last five points, seed by seed."""
-    lines = ["T5 is where T4 ends (its last five points) after:"]
+    """Where each curve is first as high as the mean of T4's last five points, seed by seed.
+
+    T4's own first time is told, too: a curve that goes up and down is there before its end.
+    """
+    lines = ["first as high as the mean of T4's last five points, after:"]
     for seed, (one, two) in enumerate(zip(episodes, both, strict=True)):
         for number in ("accuracy", "call_success"):
             level = statistics.mean(p[number] for p in one["curve"][-5:])
-            point = next((p for p in _smooth(two["curve"], number) if p[number] >= level), None)
-            ends = one["curve"][-1]
-            told = "not at all"
-            if point is not None:
-                told = (
-                    f"{point['step']} of {ends['step']} updates, {point['rollout_tokens']:.0f} of "
-                    f"{ends['rollout_tokens']:.0f} tokens"
-                )
+            found = {"T4": _first(one["curve"], number, level)}
+            found["T5"] = _first(two["curve"], number, level)
+            told = "; ".join(f"{name} {when}" for name, when in found.items())
             lines.append(f"  seed {seed}, {number} {level:.1%}: {told}")
     return "\n".join(lines)
+
+
+def _first(curve: Sequence[Mapping[str, Any]], number: str, level: float) -> str:
+    point = next((p for p in _smooth(curve, number) if p[number] >= level), None)
+    if point is None:
+        return "not at all"
+    return f"{point['step']} updates, {point['rollout_tokens']:,} tokens"
 
 
 def _smooth(curve: Sequence[Mapping[str, Any]], number: str) -> list[dict[str, Any]]:

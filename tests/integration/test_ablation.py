@@ -98,5 +98,9 @@ def test_where_a_curve_first_reaches_the_end_of_another(table: ModuleType) -> No
 
     slow, fast = curve([0.1, 0.2, 0.3, 0.3, 0.3, 0.3, 0.3]), curve([0.1, 0.3, 0.5, 0.5, 0.5])
     told = table._reached([slow], [fast])
-    assert "seed 0, accuracy 30.0%: 2 of 6 updates, 20 of 60 tokens" in told
-    assert "not at all" in table._reached([fast], [slow])
+    assert "seed 0, accuracy 30.0%: T4 4 updates, 40 tokens; T5 2 updates, 20 tokens" in told
+    # The end of this one is lower than it has been, and higher than the other ever is.
+    falling = curve([0.9, 0.6, 0.6, 0.6, 0.6, 0.6])
+    assert "accuracy 60.0%: T4 0 updates, 0 tokens; T5 not at all" in table._reached(
+        [falling], [slow]
+    )
