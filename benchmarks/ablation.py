@@ -63,11 +63,11 @@ PRESETS = {
 }
 # What is trained, by name: the arms are read off these.
 POLICIES: Mapping[str, dict[str, Any]] = {
-    "direct": {"tool": False, "train": "none", "examine": "plain"},
-    "direct, episodes": {"tool": False, "train": "episode", "examine": "plain"},
-    "tool": {"tool": True, "train": "none", "examine": "plain, corrected"},
-    "tool, episodes": {"tool": True, "train": "episode", "examine": "plain, corrected"},
-    "tool, both levels": {"tool": True, "train": "both", "examine": "plain, corrected"},
+    "direct": {"tool": False, "train": "none"},
+    "direct, episodes": {"tool": False, "train": "episode"},
+    "tool": {"tool": True, "train": "none"},
+    "tool, episodes": {"tool": True, "train": "episode"},
+    "tool, both levels": {"tool": True, "train": "both"},
 }
 
 

@@ -64,12 +64,11 @@ class Preset:
 @dataclass(frozen=True, slots=True)
 class Order:
     """``train``: by which levels' rewards the tiny policy is trained first: ``none``, ``episode``
-    or ``both``. ``examine``: how the result is sampled, ``plain`` or ``plain, corrected``.
+    or ``both``.
     """
 
     tool: bool
     train: str
-    examine: str
     seed: int
     preset: Preset
 
@@ -151,8 +150,8 @@ async def _examined(
 ) -> dict[str, Any]:
     """Scores by how calls are treated and on which families."""
     scores = {}
-    ways = {"plain": None}
-    if "corrected" in order.examine:
+    ways: dict[str, BacktrackPolicy | None] = {"plain": None}
+    if order.tool:
         ways["corrected"] = BacktrackPolicy(l_suf=L_SUF)
     for way, backtrack in ways.items():
         for families in (TRAINED_FAMILIES, HELD_OUT_FAMILIES):
