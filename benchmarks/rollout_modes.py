@@ -24,7 +24,7 @@ from thor_fast.sandbox.base import Sandbox, StreamingSandbox
 from thor_fast.synthetic import Task
 from thor_fast.tools.python_tool import PythonTool
 from thor_fast.tools.token_text import TokenBytes
-from thor_fast.types import ExecutionResult, Trajectory
+from thor_fast.types import ExecutionResult, RolloutGroup
 
 __all__ = ["MODES", "Result", "Rollouts"]
 
@@ -83,7 +83,7 @@ class Rollouts:
         meter = Meter()
         engine = ResubmittingEngine(self._setup.engine)
         sandbox = MeteredSandbox(self._setup.sandbox, meter)
-        return await self._schedule(meter, engine, sandbox, tasks, update)
+        return await self._schedule(meter, engine, sandbox, tasks, update, memo=False)
 
     async def _ours(self, tasks: Sequence[Task], update: Update) -> Result:
         meter = Meter()
@@ -93,20 +93,25 @@ class Rollouts:
             if isinstance(sandbox, StreamingSandbox)
             else MeteredSandbox(sandbox, meter)
         )
-        return await self._schedule(meter, self._setup.engine, metered, tasks, update)
+        return await self._schedule(
+            meter, self._setup.engine, metered, tasks, update, memo=self._setup.memo
+        )
 
     async def _free(self, tasks: Sequence[Task], update: Update) -> Result:
         """As ours, with tools that answer at once."""
         meter = Meter()
         sandbox = RecordedSandbox(self._setup.sandbox, meter, self._recorded)
-        return await self._schedule(meter, self._setup.engine, sandbox, tasks, update)
+        return await self._schedule(
+            meter, self._setup.engine, sandbox, tasks, update, memo=self._setup.memo
+        )
 
     async def _barrier(self, sandbox: Sandbox, tasks: Sequence[Task], update: Update) -> Result:
         """All episodes in rounds, text in between, eight snippets at a time."""
         setup, meter = self._setup, Meter()
         tokens = TokenBytes(setup.tokenizer)
+        samples = [(task, i, n) for i, task in enumerate(tasks) for n in range(setup.group_size)]
         prompts = [
-            (setup.prompt(task), trajectory_seed(setup.seed, i, 0)) for i, task in enumerate(tasks)
+            (setup.prompt(task), trajectory_seed(setup.seed, i, n)) for task, i, n in samples
         ]
         lost = _lost_kv(setup.engine)
         started = time.perf_counter()
@@ -123,7 +128,7 @@ class Rollouts:
         )
         wall_s = time.perf_counter() - started
         correct = 0
-        for task, episode in zip(tasks, episodes, strict=True):
+        for (task, _, _), episode in zip(samples, episodes, strict=True):
             answer = last_boxed(episode.said)
             correct += answer is not None and answers_match(answer, task.answer)
         changed = sum(changed_tokens(setup.encode, tokens, e) for e in episodes)
@@ -132,7 +137,14 @@ class Rollouts:
         )
 
     async def _schedule(
-        self, meter: Meter, engine: Engine, sandbox: Sandbox, tasks: Sequence[Task], update: Update
+        self,
+        meter: Meter,
+        engine: Engine,
+        sandbox: Sandbox,
+        tasks: Sequence[Task],
+        update: Update,
+        *,
+        memo: bool,
     ) -> Result:
         """All episodes on their own, tokens in between."""
         setup = self._setup
@@ -144,6 +156,8 @@ class Rollouts:
             limits=setup.limits,
             sampling=SamplingParams(temperature=SAMPLING.temperature, seed=setup.seed),
             eos_token_ids=setup.eos_token_ids,
+            group_size=setup.group_size,
+            memo=memo,
             progress=lambda _, done, total: update(done, total),
         )
         prompts = [Prompt(tuple(setup.encode(setup.prompt(task)))) for task in tasks]
@@ -151,12 +165,14 @@ class Rollouts:
         started = time.perf_counter()
         groups = await scheduler.run(prompts)
         wall_s = time.perf_counter() - started
-        trajectories = [group.trajectories[0] for group in groups]
+        trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         failed = [
             t for t in trajectories if t.stop_reason is None or t.stop_reason.is_infrastructure
         ]
         if failed:
-            raise ThorError(f"{len(failed)} of {len(tasks)} episodes failed: {failed[0].error}")
+            raise ThorError(
+                f"{len(failed)} of {len(trajectories)} episodes failed: {failed[0].error}"
+            )
         self._recorded |= {
             call.code: call.result
             for trajectory in trajectories
@@ -166,23 +182,28 @@ class Rollouts:
         reward = MathAnswerReward(Renderer(setup.tokenizer))
         correct = sum(
             reward(trajectory, task.answer) == 1.0
-            for trajectory, task in zip(trajectories, tasks, strict=True)
+            for group, task in zip(groups, tasks, strict=True)
+            for trajectory in group.trajectories
         )
         return _result(
             meter,
             wall_s,
-            len(tasks),
+            len(trajectories),
             correct,
-            _changed(meter, trajectories),
+            _changed(meter, groups),
             _since(lost, _lost_kv(setup.engine)),
         )
 
 
-def _changed(meter: Meter, trajectories: Sequence[Trajectory]) -> int:
+def _changed(meter: Meter, groups: Sequence[RolloutGroup]) -> int:
     """What the engine sampled, by its own record, against what stands in the trajectory."""
-    final = {str(i): trajectory.token_ids for i, trajectory in enumerate(trajectories)}
+    final = {
+        f"{i}/{n}": trajectory.token_ids
+        for i, group in enumerate(groups)
+        for n, trajectory in enumerate(group.trajectories)
+    }
     return sum(
-        final[session.split("/")[-2]][position] != token_id
+        final[session.partition("/")[2]][position] != token_id
         for session, sampled in meter.sampled.items()
         for position, token_id in sampled
     )

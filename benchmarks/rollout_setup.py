@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fresh_interpreters import FreshInterpreters
 from report import first_line
 from rollout_tools import TOOLS, WAITING_SLOTS, PreparedSandbox, PreparedStreams
-from subprocess_sandbox import SubprocessSandbox
 
 from thor_fast.engines.base import Engine
 from thor_fast.errors import ConfigError
@@ -39,6 +39,7 @@ class Setup:
     """Everything a run needs but the choice of mode.
 
     ``fresh``: a new interpreter per snippet, for the mode that is THOR's way in this, too.
+    ``memo``: whether equal snippets of a group may run once.
     """
 
     engine: Engine
@@ -48,6 +49,8 @@ class Setup:
     limits: RolloutLimits
     eos_token_ids: frozenset[int]
     seed: int
+    group_size: int
+    memo: bool
 
     def prompt(self, task: Task) -> str:
         """The prompt as text, in the model's chat template if it has one."""
@@ -109,11 +112,14 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
     return Setup(
         engine=engine,
         sandbox=_sandbox(args.sandbox, args.tools),
-        fresh=_sandbox("subprocess", args.tools),
+        fresh=_sandbox("fresh", args.tools),
         tokenizer=tokenizer,
         limits=RolloutLimits(max_response_tokens=args.max_context, max_tool_calls=_MAX_TOOL_CALLS),
         eos_token_ids=frozenset({tokenizer.eos_token_id}),
         seed=args.seed,
+        group_size=args.group_size,
+        # Another service, which `slow` stands for, may answer otherwise the next time.
+        memo=args.tools != "slow",
     )
 
 
@@ -149,8 +155,8 @@ def _vllm_pool(kv_tokens: int | None, max_sequences: int) -> dict[str, int]:
 def _sandbox(name: str, tools: str) -> Sandbox:
     """Warm for what its snippets will import."""
     prepare = TOOLS[tools]
-    if name == "subprocess":
-        return PreparedSandbox(SubprocessSandbox(), prepare)
+    if name == "fresh":
+        return PreparedSandbox(FreshInterpreters(), prepare)
     from thor_fast.sandbox import NativeSandbox
 
     native = NativeSandbox(slots=WAITING_SLOTS if tools == "slow" else None)

@@ -1,12 +1,13 @@
 r"""The main job: tokens per second of our rollouts, and of others, in one run.
 
-All modes roll out the same prompts with the same seeds on the same engine, in turns:
+All modes roll out the same prompts, in groups of ``--group-size`` samples as GRPO takes them, with
+the same seeds on the same engine, in turns:
 
 - ``barrier``: THOR's way, loop and tools: rounds, text in between, eight snippets at a time, each
-  in a fresh interpreter (a plain subprocess, without the server and HTTP that THOR has there);
+  sent by HTTP to a server that starts an interpreter for it, see ``fusion_server.py``;
 - ``barrier-loop``: the same loop with the sandbox of the modes below;
 - ``resubmit``: tokens in, tokens out, on an engine with a prefix cache, see ``resubmit_engine.py``;
-- ``ours``: ``thor_fast.rollout.RolloutScheduler``;
+- ``ours``: ``thor_fast.rollout.RolloutScheduler``, where equal pure snippets of a group run once;
 - ``free``: ours, with tools that cost nothing: recorded results, replayed at once.
 
 ``--tools`` says what snippets do besides their own text, in all modes: ``plain`` nothing; ``sympy``
@@ -17,7 +18,7 @@ does that asks another service. See ``rollout_tools.py``.
 By default a tiny policy solves arithmetic by writing Python, on the CPU. ``--engine scripted``
 replays worked solutions instead, 5 ms per token whatever the load: a rollout without a model, and
 without ``resubmit``, for want of a cache.
-``barrier`` and ``--sandbox subprocess`` are UNSAFE for any model but the tiny policy: with
+``barrier`` and ``--sandbox fresh`` are UNSAFE for any model but the tiny policy: with
 ``--model`` they run only if they are named.
 """
 
@@ -51,7 +52,7 @@ async def measure(
     results: dict[str, list[Result]] = {mode: [] for mode in modes}
     try:
         for mode in modes:
-            await rollouts.run(mode, tasks[:8], lambda done, total: None)
+            await rollouts.run(mode, tasks[:2], lambda done, total: None)
         if "free" in modes:  # what it replays
             await rollouts.run("ours", tasks, lambda done, total: None)
         for repeat in range(repeats):
@@ -124,10 +125,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--engine", choices=("paged", "vllm", "scripted"), default="paged")
     add("--model", type=Path, help="folder of a Hugging Face model; default: the tiny policy")
-    add("--sandbox", choices=("native", "subprocess"), default="native", help="but for barrier")
+    add("--sandbox", choices=("native", "fresh"), default="native", help="but for barrier")
     add("--tools", choices=TOOLS, default="plain", help="what snippets do; default: plain")
     add("--mode", choices=MODES, action="append", help="may be repeated; default: all that fit")
-    add("--episodes", type=count, default=256, help="one task each; default: 256")
+    add("--episodes", type=count, default=256, help="in all, of a run; default: 256")
+    add("--group-size", type=count, default=8, help="of them with each task; default: 8")
     add("--repeats", type=count, default=3, help="runs of each mode; default: 3")
     add("--seed", type=int, default=0, help="of the sampling noise; default: 0")
     add("--max-sequences", type=count, default=64, help="live at a time; default: 64")
@@ -152,10 +154,16 @@ def _modes(args: argparse.Namespace) -> tuple[str, ...]:
 def run(args: argparse.Namespace) -> int:
     """Everything the command line asks for; returns 0, raises ``ThorError``."""
     modes = _modes(args)
-    tasks = task_set(args.episodes, TEST_SEED)
+    n_tasks, odd = divmod(args.episodes, args.group_size)
+    if odd:
+        raise ConfigError(
+            f"--episodes is {args.episodes}, expected a multiple of --group-size {args.group_size}"
+        )
+    tasks = task_set(n_tasks, TEST_SEED)
     print(
-        f"{args.episodes} episodes, {args.engine} engine, {args.sandbox} sandbox, {args.tools} "
-        f"tools, at most {args.max_sequences} live; {', '.join(modes)}; {args.repeats} times",
+        f"{args.episodes} episodes of {n_tasks} tasks, {args.engine} engine, {args.sandbox} "
+        f"sandbox, {args.tools} tools, at most {args.max_sequences} live; {', '.join(modes)}; "
+        f"{args.repeats} times",
         flush=True,
     )
     setup = build(args, tasks)

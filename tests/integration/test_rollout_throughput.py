@@ -37,7 +37,9 @@ def record(path: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_default_engine_and_sandbox_in_all_modes(tmp_path: Path) -> None:
     output = tmp_path / "deep" / "results.jsonl"
-    done = run("--episodes", "12", "--repeats", "2", "--output", str(output))
+    done = run(
+        *("--episodes", "12", "--group-size", "2", "--repeats", "2", "--output", str(output))
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
@@ -69,6 +71,7 @@ def test_default_engine_and_sandbox_in_all_modes(tmp_path: Path) -> None:
     assert {"time", "commit", "dirty", "host", "versions"} < set(found)
     assert {"python", "torch", "transformers", "thor_fast"} <= set(found["versions"])
     assert found["params"]["episodes"] == 12
+    assert "12 episodes of 6 tasks" in lines[0]
     metrics = found["metrics"]
     for barrier, ours in zip(metrics["barrier"], metrics["ours"], strict=True):
         assert ours["changed_tokens"] == 0
@@ -78,7 +81,6 @@ def test_default_engine_and_sandbox_in_all_modes(tmp_path: Path) -> None:
         assert barrier["tools_hidden_s"] == 0
         # An opening fence ends a call there, so a block costs two.
         assert barrier["engine_calls"] == 12 + 2 * barrier["tool_calls"]
-        assert ours["engine_calls"] == 12 + ours["tool_calls"]
         assert ours["prefill_tokens"] < barrier["prefill_tokens"]
         # Seeds, prompts and noise are the same, and this tokenizer's samples survive as text.
         assert ours["correct"] == barrier["correct"] > 0
@@ -86,6 +88,10 @@ def test_default_engine_and_sandbox_in_all_modes(tmp_path: Path) -> None:
     for barrier, loop in zip(metrics["barrier"], metrics["barrier-loop"], strict=True):
         for name in ("engine_calls", "tool_calls", "sampled_tokens", "correct"):
             assert barrier[name] == loop[name]
+    # Nothing is shared between its samples, and what they run is what the others run.
+    for resubmit, ours in zip(metrics["resubmit"], metrics["ours"], strict=True):
+        assert resubmit["engine_calls"] == ours["engine_calls"] == 12 + resubmit["tool_calls"]
+        assert ours["tool_calls"] < resubmit["tool_calls"]
     for resubmit, free in zip(metrics["resubmit"], metrics["free"], strict=True):
         assert resubmit["prefill_tokens"] > resubmit["least_prefill_tokens"]
         assert resubmit["correct"] == free["correct"] > 0
@@ -95,7 +101,8 @@ def test_default_engine_and_sandbox_in_all_modes(tmp_path: Path) -> None:
 def test_a_small_pool_evicts_nothing_of_ours(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     done = run(
-        *("--mode", "ours", "--episodes", "16", "--repeats", "1", "--kv-tokens", "640"),
+        *("--mode", "ours", "--episodes", "16", "--group-size", "1", "--repeats", "1"),
+        *("--kv-tokens", "640"),
         *("--max-context", "256", "--output", str(output)),
     )
     assert done.returncode == 0, done.stderr
@@ -108,7 +115,8 @@ def test_a_small_pool_evicts_nothing_of_ours(tmp_path: Path) -> None:
 def test_scripted_engine_is_exact_and_asked_less_often_without_the_barrier(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     done = run(
-        "--engine", "scripted", "--episodes", "40", "--repeats", "1", "--output", str(output)
+        *("--engine", "scripted", "--episodes", "40", "--group-size", "1", "--repeats", "1"),
+        *("--output", str(output)),
     )
     assert done.returncode == 0, done.stderr
     metrics = record(output)["metrics"]
@@ -120,11 +128,11 @@ def test_scripted_engine_is_exact_and_asked_less_often_without_the_barrier(tmp_p
     assert ours["engine_calls"] < barrier["engine_calls"]
 
 
-def test_one_mode_and_the_subprocess_sandbox(tmp_path: Path) -> None:
+def test_one_mode_and_fresh_interpreters(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     done = run(
-        *("--engine", "scripted", "--mode", "ours", "--sandbox", "subprocess"),
-        *("--episodes", "6", "--repeats", "1", "--output", str(output)),
+        *("--engine", "scripted", "--mode", "ours", "--sandbox", "fresh"),
+        *("--episodes", "6", "--group-size", "2", "--repeats", "1", "--output", str(output)),
     )
     assert done.returncode == 0, done.stderr
     assert "barrier" not in done.stdout.replace("0 barrier", "")
@@ -137,8 +145,8 @@ def test_snippets_that_wait_change_nothing_that_the_model_sees(tmp_path: Path) -
     for tools in ("plain", "slow"):
         output = tmp_path / f"{tools}.jsonl"
         done = run(
-            *("--mode", "ours", "--tools", tools, "--episodes", "8", "--repeats", "1"),
-            *("--output", str(output)),
+            *("--mode", "ours", "--tools", tools, "--episodes", "8", "--group-size", "1"),
+            *("--repeats", "1", "--output", str(output)),
         )
         assert done.returncode == 0, done.stderr
         (found[tools],) = record(output)["metrics"]["ours"]
@@ -156,7 +164,8 @@ def test_another_model_runs_without_a_sandbox_only_if_that_is_asked_for(tmp_path
         timeout=300,
     )
     assert made.returncode == 0, made.stderr
-    options = ("--model", str(tmp_path / "m"), "--episodes", "2", "--repeats", "1")
+    options = ("--model", str(tmp_path / "m"), "--repeats", "1")
+    options = (*options, "--episodes", "2", "--group-size", "1")
     output = tmp_path / "results.jsonl"
     assert run(*options, "--output", str(output)).returncode == 0
     assert list(record(output)["metrics"]) == ["barrier-loop", "resubmit", "ours", "free"]
@@ -172,6 +181,7 @@ def test_the_options_are_these_and_no_more() -> None:
     assert set(re.findall(r"^  (--[a-z-]+)", done.stdout, re.MULTILINE)) == {
         "--engine",
         "--episodes",
+        "--group-size",
         "--kv-tokens",
         "--max-context",
         "--max-sequences",
@@ -189,6 +199,7 @@ def test_the_options_are_these_and_no_more() -> None:
     ("arguments", "message"),
     [
         (["--episodes", "0"], "argument --episodes: '0', expected a whole number of at least 1"),
+        (["--episodes", "12"], "--episodes is 12, expected a multiple of --group-size 8"),
         (["--repeats", "x"], "argument --repeats: 'x', expected a whole number of at least 1"),
         (["--engine", "tgi"], "argument --engine: invalid choice: 'tgi'"),
         (["--tools", "fast"], "argument --tools: invalid choice: 'fast'"),
@@ -246,7 +257,8 @@ def test_interrupt_ends_it_quietly(tmp_path: Path) -> None:
 
 def test_terminal_gets_a_bar(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    arguments = ("--engine", "scripted", "--mode", "ours", "--episodes", "6", "--repeats", "1")
+    arguments = ("--engine", "scripted", "--mode", "ours", "--repeats", "1")
+    arguments = (*arguments, "--episodes", "6", "--group-size", "1")
     process = subprocess.Popen(
         command(*arguments, "--output", str(tmp_path / "r.jsonl")),
         stdout=theirs,
@@ -294,41 +306,50 @@ def test_barrier_counts_tokens_that_text_does_not_give_back(
     assert changed_tokens(tokenizer.encode, tokens, same) == 0
 
 
-async def test_subprocess_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fresh_interpreters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import asyncio
 
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from subprocess_sandbox import SubprocessSandbox
+    from fresh_interpreters import FreshInterpreters
 
     from thor_fast.errors import SandboxError
     from thor_fast.sandbox.base import Sandbox
     from thor_fast.types import ExecutionRequest, Status
 
-    with SubprocessSandbox() as sandbox:
+    with FreshInterpreters() as sandbox:
         assert isinstance(sandbox, Sandbox)
-        good, silent, wrong, coded, late = sandbox.execute_batch(
+        good, silent, wrong, coded, late, loud = sandbox.execute_batch(
             [
-                ExecutionRequest(
-                    "print(input(), open('d/x').read())", stdin="hi", files={"d/x": b"1"}
-                ),
+                "import numpy; print(numpy.arange(3).sum())",
                 "x = 1",
                 "1 / 0",
                 "raise SystemExit(3)",
-                ExecutionRequest("while True: pass", timeout_s=0.2),
+                ExecutionRequest("print(1, flush=True)\nwhile True: pass", timeout_s=1.0),
+                ExecutionRequest("print('x' * 3_000_000)", max_output_bytes=1000),
             ]
         )
-        assert (good.status, good.stdout) == (Status.OK, "hi 1\n")
+        assert (good.status, good.stdout) == (Status.OK, "3\n")
         assert silent.passed
         assert wrong.status is Status.ERROR
         assert wrong.stderr.endswith("ZeroDivisionError: division by zero\n")
         assert (coded.status, coded.exit_code) == (Status.ERROR, 3)
-        assert late.status is Status.TIMEOUT
-        loud = await sandbox.submit(ExecutionRequest("print('x' * 5000)", max_output_bytes=100))
-        assert (loud.status, len(loud.stdout), loud.truncated) == (Status.OUTPUT, 100, True)
-        endless = asyncio.create_task(sandbox.submit("while True: pass"))
-        await asyncio.sleep(0.2)
+        assert (late.status, late.stdout) == (Status.TIMEOUT, "1\n")
+        assert (loud.status, loud.truncated) == (Status.OUTPUT, True)
+        note = tmp_path / "pids"
+        code = f"import os; open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}')"
+        endless = asyncio.create_task(sandbox.submit(f"{code}\nwhile True: pass"))
+        await asyncio.to_thread(_wait_for_text, note)
         endless.cancel()
         with pytest.raises(asyncio.CancelledError):
             await endless
     with pytest.raises(SandboxError, match="closed"):
         sandbox.execute("1")
+    # Neither the server nor the snippet that nobody waited for is left.
+    for pid in note.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+def _wait_for_text(path: Path) -> None:
+    while not (path.is_file() and path.read_text()):
+        time.sleep(0.05)
