@@ -160,7 +160,8 @@ def _sandbox(name: str, tools: str) -> Sandbox:
     from thor_fast.sandbox import NativeSandbox
 
     native = NativeSandbox(slots=WAITING_SLOTS if tools == "slow" else None)
-    native.warm_up(native.tiers[choose_tier(prepare(""), native.tiers)].name)
+    imports = ("import math", "import sympy") if tools in ("mixed", "sympy") else ("import math",)
+    native.warm_up(*(native.tiers[choose_tier(line, native.tiers)].name for line in imports))
     return PreparedStreams(native, prepare)
 
 

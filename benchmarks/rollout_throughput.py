@@ -11,8 +11,8 @@ the same seeds on the same engine, in turns:
 - ``free``: ours, with tools that cost nothing: recorded results, replayed at once.
 
 ``--tools`` says what snippets do besides their own text, in all modes: ``plain`` nothing; ``sympy``
-import it, as models do above their mathematics; ``slow`` wait for 0.25 s or so, on no CPU, as one
-does that asks another service. See ``rollout_tools.py``.
+import it, as models do above their mathematics; ``mixed`` one in eight does; ``slow`` wait for
+0.25 s or so, on no CPU, as one does that asks another service. See ``rollout_tools.py``.
 ``--kv-tokens`` makes the KV pool small: take a third of what ``ours`` holds at the most without it.
 
 By default a tiny policy solves arithmetic by writing Python, on the CPU. ``--engine scripted``
@@ -126,7 +126,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--engine", choices=("paged", "vllm", "scripted"), default="paged")
     add("--model", type=Path, help="folder of a Hugging Face model; default: the tiny policy")
     add("--sandbox", choices=("native", "fresh"), default="native", help="but for barrier")
-    add("--tools", choices=TOOLS, default="plain", help="what snippets do; default: plain")
+    add("--tools", choices=TOOLS, default="mixed", help="what snippets do; default: mixed")
     add("--mode", choices=MODES, action="append", help="may be repeated; default: all that fit")
     add("--episodes", type=count, default=256, help="in all, of a run; default: 256")
     add("--group-size", type=count, default=8, help="of them with each task; default: 8")

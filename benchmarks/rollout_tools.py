@@ -2,6 +2,7 @@
 
 - ``plain``: nothing. The tiny policy's snippets import at most ``math`` and take a millisecond.
 - ``sympy``: ``from sympy import *``, as models write it above most of their mathematics.
+- ``mixed``: that above one snippet in eight, drawn by its first statement.
 - ``slow``: it waits, on no CPU, as one does that asks another service: for a time drawn by the
   snippet's first statement, lognormal with a median of 0.25 s and sigma 1, so 0.41 s on average.
 
@@ -25,6 +26,7 @@ __all__ = ["TOOLS", "WAITING_SLOTS", "PreparedSandbox", "PreparedStreams"]
 _MEDIAN_S, _SIGMA = 0.25, 1.0
 # Snippets that only wait need no core each: as many may do so as sequences decode by default.
 WAITING_SLOTS = 64
+_ONE_IN = 8
 # What may stand above the first statement that does something.
 _NO_STATEMENT = re.compile(r"(?:[ \t]*(?:#.*|(?:import|from)\b.*)?\n)*")
 
@@ -44,14 +46,27 @@ def _sympy(code: str) -> str:
     return "from sympy import *\n"
 
 
-def _wait(code: str) -> str:
+def _drawn(code: str) -> random.Random:
+    """What chance has in store for a snippet with this first statement."""
     first = _statements(code).partition("\n")[0]
-    seed = int.from_bytes(hashlib.blake2b(first.encode(), digest_size=8).digest(), "little")
-    seconds = _MEDIAN_S * random.Random(seed).lognormvariate(0.0, _SIGMA)
+    return random.Random(hashlib.blake2b(first.encode(), digest_size=8).digest())
+
+
+def _mixed(code: str) -> str:
+    return _sympy(code) if _drawn(code).randrange(_ONE_IN) == 0 else ""
+
+
+def _wait(code: str) -> str:
+    seconds = _MEDIAN_S * _drawn(code).lognormvariate(0.0, _SIGMA)
     return f"__import__('time').sleep({seconds:.4f})\n"
 
 
-TOOLS: Mapping[str, Preparation] = {"plain": _nothing, "sympy": _sympy, "slow": _wait}
+TOOLS: Mapping[str, Preparation] = {
+    "mixed": _mixed,
+    "plain": _nothing,
+    "sympy": _sympy,
+    "slow": _wait,
+}
 
 
 class PreparedSandbox(ClosedOnExit):
