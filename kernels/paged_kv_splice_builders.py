@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 Longs = npt.NDArray[np.int64]
+_HIGHEST_SLOT = 2**31 - 1
+
 Writable = npt.NDArray[np.bool_] | Collection[int]
 
 
@@ -109,10 +111,10 @@ def plan_fork(blocks: npt.ArrayLike, tails: npt.ArrayLike, at: int, block_size: 
         ValueError: the table is too short; a tail is the parent's, or another child's.
     """
     table, fresh = _table("blocks", blocks), _table("tails", tails)
-    taken = np.isin(fresh, table)
-    if taken.any():
+    taken = set(table.tolist()).intersection(fresh.tolist())
+    if taken:
         raise ValueError(
-            f"tail {fresh[taken][0]} is in the parent's table, expected freshly allocated blocks"
+            f"tail {min(taken)} is in the parent's table, expected freshly allocated blocks"
         )
     rest = at % block_size
     parent = _Run("blocks", table, at - rest, block_size)
@@ -333,10 +335,12 @@ def _segments(source: _Run, destination: _Run, tokens: int, rotation: int = PLAI
 
 def _rows(read: Longs, written: Longs, tokens: Longs | int, rotation: int = PLAIN) -> Ints:
     highest = max(read.max(initial=0), written.max(initial=0))
-    if highest > np.iinfo(np.int32).max:
+    if highest > _HIGHEST_SLOT:
         raise ValueError(f"slot {highest} is asked for, expected below 2^31")
-    columns = np.broadcast_arrays(read, written, tokens, rotation)
-    return np.stack(columns, axis=1).astype(np.int32)
+    rows = np.empty((len(written), 4), np.int32)
+    for column, values in enumerate((read, written, tokens, rotation)):
+        rows[:, column] = values
+    return rows
 
 
 def _may_write(blocks: Longs, writable: Writable) -> npt.NDArray[np.bool_]:

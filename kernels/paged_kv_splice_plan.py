@@ -147,22 +147,23 @@ def _check_segments(segments: Ints, read: int, written: int) -> None:
         raise ValueError(
             f"segments are {segments.dtype} of shape {segments.shape}, expected int32 (n, 4)"
         )
-    source, destination, tokens, _ = segments.T.astype(np.int64)
-    for name, start, size in (("source", source, read), ("destination", destination, written)):
-        wrong = (start < 0) | (tokens < 1) | (start % size + tokens > size)
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise ValueError(
-                f"segment {at} is {segments[at].tolist()}, expected a {name} of at least one "
-                f"token within one block of {size}"
-            )
-    order = np.argsort(destination)
-    ends = (destination + tokens)[order]
-    twice = ends[:-1] > destination[order][1:]
+    starts, tokens = segments[:, :2].astype(np.int64), segments[:, 2].astype(np.int64)
+    sizes = np.array((read, written))
+    wrong = (starts < 0) | (tokens < 1)[:, None] | (starts % sizes + tokens[:, None] > sizes)
+    if wrong.any():
+        at, side = divmod(int(wrong.argmax()), 2)
+        name = ("source", "destination")[side]
+        raise ValueError(
+            f"segment {at} is {segments[at].tolist()}, expected a {name} of at least one token "
+            f"within one block of {sizes[side]}"
+        )
+    order = np.argsort(starts[:, 1])
+    destination, tokens = starts[order, 1], tokens[order]
+    twice = destination[:-1] + tokens[:-1] > destination[1:]
     if twice.any():
         at = int(twice.argmax())
         raise ValueError(
-            f"slot {destination[order[at + 1]]} is written twice, by segments {order[at]} and "
+            f"slot {destination[at + 1]} is written twice, by segments {order[at]} and "
             f"{order[at + 1]}, expected once"
         )
 
@@ -177,6 +178,8 @@ def _check_lanes(lanes: Ints, segments: int) -> None:
 
 def _check_rotations(plan: SplicePlan) -> None:
     ids = plan.segments[:, 3]
+    if plan.rope is None and not len(plan.rotations) and (ids == PLAIN).all():
+        return
     tables = 0 if plan.rope is None else len(plan.rope.frequencies)
     known = 0 if plan.rope is None else len(plan.rotations) // tables
     if ((ids < PLAIN) | (ids >= known)).any():
