@@ -42,14 +42,16 @@ class Chunk:
 
 
 class KVPool:
-    """Keys and values of N blocks of B positions, allocated once: [layers, 2, N, B, Hkv, D].
+    """Keys and values of N blocks of B positions, allocated once: [layers, 2, N + 1, B, Hkv, D].
 
-    ``like``: one layer's keys, see :func:`~thor_fast.engines.model_twin.probe`. Raises
+    One block more than asked for: ``scratch``, which holds no sequence, is written by rows that pad
+    a step.
+    ``like``: one layer's keys, see :class:`~thor_fast.engines.model_twin.Heads`. Raises
     ``EngineError`` where there is not enough memory.
     """
 
     def __init__(self, blocks: int, block_size: int, layers: int, like: torch.Tensor) -> None:
-        shape = (layers, 2, blocks, block_size, like.shape[1], like.shape[3])
+        shape = (layers, 2, blocks + 1, block_size, like.shape[1], like.shape[3])
         size = int(np.prod(shape, dtype=object)) * like.element_size()
         try:
             self._kv = _zeros(size, like).view(shape)
@@ -58,7 +60,7 @@ class KVPool:
                 f"no memory for a KV pool of {blocks * block_size} tokens, {size / 2**30:.1f} GiB "
                 f"on {like.device}, expected a smaller kv_tokens"
             ) from error
-        self.block_size = block_size
+        self.block_size, self.scratch = block_size, blocks
         self.device, self.dtype = like.device, like.dtype
         self._view = KVView.stacked(self._kv)
         # Indexing the big tensor in every layer of every step would cost as much as the write.
@@ -75,6 +77,10 @@ class KVPool:
     def clear(self, blocks: Sequence[int]) -> None:
         """Overwrite what is not finite and would reach whoever has these blocks next."""
         self._kv[:, :, torch.tensor(blocks, dtype=torch.int64, device=self.device)] = 0
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and all values of a layer, [N + 1, B, Hkv, D] each."""
+        return self._layers[layer]
 
     def write(
         self, layer: int, where: torch.Tensor, key: torch.Tensor, value: torch.Tensor
