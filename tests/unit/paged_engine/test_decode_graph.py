@@ -43,6 +43,8 @@ class World:
         self.heads = probe(self.twin)
         self.run = partial(forward, self.twin)
         self.pool = KVPool(BLOCKS, SIZE, model.config.num_hidden_layers, self.heads.keys)
+        # Not zeros: the padding token's KV are, in these models, and would not show.
+        self.pool._kv.normal_(generator=torch.Generator().manual_seed(seed))
         rng = np.random.default_rng(seed)
         order = iter(rng.permutation(BLOCKS).tolist())
         self.texts = [rng.integers(0, 61, n).tolist() for n in lengths]
