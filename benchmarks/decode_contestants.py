@@ -30,6 +30,7 @@ class Sizes(TypedDict):
     context: int
     new_tokens: int
     threads: int
+    device: str
     quick: bool
 
 
@@ -42,7 +43,10 @@ def paged(path: Path, sizes: Sizes) -> Generate:
 
     torch.set_num_threads(sizes["threads"])
     engine = PagedEngine.from_pretrained(
-        path, max_sequences=sizes["batch"], max_context=sizes["context"]
+        path,
+        max_sequences=sizes["batch"],
+        max_context=sizes["context"],
+        device=sizes["device"],
     )
     loop = asyncio.new_event_loop()
 
@@ -64,7 +68,8 @@ def _hugging_face(path: Path, sizes: Sizes) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(sizes["threads"])
-    return AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True)
+    return model.to(sizes["device"]).eval()
 
 
 def generate(path: Path, sizes: Sizes) -> Generate:
@@ -75,8 +80,9 @@ def generate(path: Path, sizes: Sizes) -> Generate:
 
     def run(prompts: Prompts) -> list[list[int]]:
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        rows = [[0] * (width - len(p)) + p for p in prompts]
+        kept = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+        ids, mask = (torch.tensor(x, device=sizes["device"]) for x in (rows, kept))
         out = model.generate(
             ids, attention_mask=mask, max_new_tokens=sizes["new_tokens"], do_sample=False
         )

@@ -6,6 +6,9 @@ in a process of its own with the same number of threads; for each batch size the
 after round, on the same prompts, and no prompt is seen twice, so that no prefix cache helps.
 Decoding is greedy, and the tokens of all contestants are compared.
 
+``--device cuda`` compares ``PagedEngine`` and ``generate`` alone, in bfloat16: there a token may
+differ where two are nearly tied.
+
 A ratio is taken within a round and its median over rounds is told: the machine's mood cancels.
 """
 
@@ -27,6 +30,7 @@ from decode_contestants import CONTESTANTS, Sizes
 from report import append_record, print_table
 
 _OURS = "paged"
+_ON_A_GPU = ("paged", "generate")
 _VOCAB = 4096
 
 
@@ -81,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         context=args.prompt_tokens + args.new_tokens + 1,
         new_tokens=args.new_tokens,
         threads=args.threads,
+        device=args.device,
         quick=args.quick,
     )
     with tempfile.TemporaryDirectory(prefix="thor-decode-") as folder:
         model = Path(folder) / "model"
-        parameters = _save_model(model, sizes["context"])
+        parameters = _save_model(model, sizes["context"], args.device)
         workers, absent = _start(args, model, sizes)
         try:
             results = _measure(workers, args)
@@ -95,6 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     versions = {name: worker.version for name, worker in workers.items()}
     params = {"quick": args.quick, "parameters": parameters, "contestants": versions}
     params |= {"absent": absent, "rounds": args.rounds, "threads": args.threads}
+    params |= {"device": args.device}
     params |= {"prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
     append_record(args.output, "decode_throughput", params, metrics)
     _print(metrics, versions, absent)
@@ -108,6 +114,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=count, default=128)
     parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--threads", type=count, default=1, help="torch threads of each contestant")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--vllm-python", type=Path, help="an interpreter that has vLLM")
     parser.add_argument("--quick", action="store_true", help="seconds; the figures mean nothing")
     default = Path(__file__).parent / "results" / "decode_throughput.jsonl"
@@ -115,7 +122,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _save_model(path: Path, context: int) -> int:
+def _save_model(path: Path, context: int, device: str) -> int:
     """A random Qwen3; returns how many parameters it has."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -139,6 +146,8 @@ def _save_model(path: Path, context: int) -> int:
         eos_token_id=None,
     )
     model = Qwen3ForCausalLM(config)
+    if device == "cuda":
+        model.to(torch.bfloat16)  # type: ignore[arg-type]
     model.save_pretrained(path)
     return sum(p.numel() for p in model.parameters())
 
@@ -152,6 +161,9 @@ def _start(
     absent: dict[str, str] = {}
     for name in CONTESTANTS:
         python = args.vllm_python if name == "vllm" else Path(sys.executable)
+        if args.device != "cpu" and name not in _ON_A_GPU:
+            absent[name] = "compared on a CPU only"
+            continue
         if python is None:
             absent[name] = "no --vllm-python given"
             continue

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # What only a GPU can tell, in one command, under ten minutes and without a network: installs the
-# library beside what is there, runs the tests marked gpu, then the benchmarks of KV splicing and of
-# the loss, whose table comes last. Needs Python >= 3.11 with torch, triton, transformers, pybind11,
+# library beside what is there, runs the tests marked gpu, then the benchmarks of KV splicing, of the
+# embedded engine's decoding and of the loss, whose table comes last. Needs Python >= 3.11 with torch, triton, transformers, pybind11,
 # scikit-build-core, pytest, hypothesis, cmake, ninja and a C++20 compiler.
 #
 #   benchmarks/gpu_suite.sh [DIRECTORY]
 #
 # DIRECTORY, by default a new one, gets gpu_tests.log, gpu_tests.xml, kv_splice.jsonl,
-# loss_logits.jsonl, loss_kernels.jsonl and the losses' plots. PYTHON names another interpreter than
+# decode_throughput.jsonl, loss_logits.jsonl, loss_kernels.jsonl and the losses' plots. PYTHON names another interpreter than
 # python3. THOR_COMMIT: the commit, where this is a copy without history.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -43,7 +43,7 @@ export TRITON_CACHE_DIR="$scratch/triton" TORCHINDUCTOR_CACHE_DIR="$scratch/indu
 
 echo '=== install, without a network or build isolation'
 # pip warns of versions it was not asked to look at; dependencies are what the machine has.
-timeout 120 "$python" -m pip install -q --no-index --no-deps --no-build-isolation \
+timeout 90 "$python" -m pip install -q --no-index --no-deps --no-build-isolation \
   --no-warn-conflicts --target "$scratch/site" . ||
   fail 'the library cannot be installed, see above'
 export PYTHONPATH="$scratch/site"
@@ -60,12 +60,18 @@ markers =
 INI
 tests=0
 timeout 200 "$python" -P -m pytest -c "$scratch/pytest.ini" --rootdir "$PWD" -m gpu \
-  --continue-on-collection-errors --junit-xml "$results/gpu_tests.xml" tests/kernels 2>&1 | tee "$results/gpu_tests.log" || tests=$?
+  --continue-on-collection-errors --junit-xml "$results/gpu_tests.xml" \
+  tests/kernels tests/unit/test_decode_graphs_gpu.py 2>&1 | tee "$results/gpu_tests.log" || tests=$?
 
 echo '=== KV splicing benchmark'
 splice=0
 timeout 60 "$python" benchmarks/kv_splice.py \
   --device cuda --rounds 3 --tokens 256 --tokens 2000 --output "$results/kv_splice.jsonl" || splice=$?
+
+echo '=== decoding benchmark'
+decode=0
+timeout 45 "$python" benchmarks/decode_throughput.py \
+  --device cuda --rounds 3 --batch 1 32 --output "$results/decode_throughput.jsonl" || decode=$?
 
 echo '=== loss benchmark'
 bench=0
@@ -77,6 +83,7 @@ timeout 160 "$python" benchmarks/loss_kernels.py \
   --output "$results/loss_kernels.jsonl" || bench=$?
 
 [[ $splice -eq 0 ]] || echo "gpu_suite: the splicing benchmark ended with status $splice" >&2
+[[ $decode -eq 0 ]] || echo "gpu_suite: the decoding benchmark ended with status $decode" >&2
 [[ $bench -eq 0 ]] || echo "gpu_suite: the loss benchmark ended with status $bench" >&2
 [[ $tests -eq 0 ]] || echo "gpu_suite: the tests ended with status $tests, see $results" >&2
-[[ $tests -eq 0 && $splice -eq 0 && $bench -eq 0 ]]
+[[ $tests -eq 0 && $splice -eq 0 && $decode -eq 0 && $bench -eq 0 ]]

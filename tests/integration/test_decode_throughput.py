@@ -44,6 +44,14 @@ def test_quick_run_compares_tokens_and_names_who_is_absent(tmp_path: Path) -> No
     assert re.match(r"2 +\d+ +\d+ +\d+ +\d", done.stdout.splitlines()[-1])
 
 
+def test_without_a_gpu_there_is_no_device_cuda(tmp_path: Path) -> None:
+    done = run("--quick", "--device", "cuda", "--output", str(tmp_path / "r.jsonl"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("paged does not start: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_wrong_number_is_one_line() -> None:
     done = run("--batch", "0")
     assert done.returncode == 2

@@ -12,6 +12,7 @@ transformers' ``Cache`` classes are involved.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from thor_fast.errors import EngineError
 
-__all__ = ["Step", "forward", "probe", "shadow"]
+__all__ = ["Heads", "Step", "forward", "probe", "shadow"]
 
 _NAME = "thor_fast_paged"
 
@@ -94,11 +95,24 @@ def forward(model: PreTrainedModel, step: Step) -> torch.Tensor:
     return logits
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What attention looks like in every layer.
+
+    ``keys`` [1, Hkv, 1, D]: those of one token in one layer: what a cache must hold, in which
+    dtype, where. ``queries``: Hq. ``scale``: that of the scores; ``None`` where layers differ.
+    """
+
+    keys: torch.Tensor
+    queries: int
+    scale: float | None
+
+
 class _Probe:
-    """Stands in for a step of one token: notes the shapes of each layer's keys."""
+    """Stands in for a step of one token: notes what each layer's attention is asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self.keys: dict[int, torch.Tensor] = {}
+        self.heads: dict[int, Heads] = {}
         self.input_ids = self.position_ids = torch.zeros((1, 1), dtype=torch.int64, device=device)
         self.last = self.input_ids[0]
 
@@ -110,12 +124,12 @@ class _Probe:
                 f"layer {layer} has keys {tuple(key.shape)} and values {tuple(value.shape)}, "
                 "expected the same shape"
             )
-        self.keys[layer] = key
+        self.heads[layer] = Heads(key, query.shape[1], scale)
         return query.transpose(1, 2)
 
 
-def probe(model: PreTrainedModel) -> torch.Tensor:
-    """One layer's keys [1, Hkv, 1, D] for one token: what a cache must hold, in which dtype.
+def probe(model: PreTrainedModel) -> Heads:
+    """Run one token through a model to learn its heads.
 
     ``model`` is a :func:`shadow`. Raises ``EngineError`` where the model's attention does not come
     to us in every layer.
@@ -124,11 +138,13 @@ def probe(model: PreTrainedModel) -> torch.Tensor:
     with torch.inference_mode():
         forward(model, seen)
     layers = model.config.num_hidden_layers
-    shapes = {tuple(key.shape) for key in seen.keys.values()}
-    if sorted(seen.keys) != list(range(layers)) or len(shapes) != 1:
+    shapes = {tuple(heads.keys.shape) for heads in seen.heads.values()}
+    if sorted(seen.heads) != list(range(layers)) or len(shapes) != 1:
         raise EngineError(
-            f"{type(model).__name__} sent {len(seen.keys)} of {layers} layers through "
+            f"{type(model).__name__} sent {len(seen.heads)} of {layers} layers through "
             f"transformers' attention interface, with key shapes {sorted(shapes)}; "
             "expected all of them, with one shape"
         )
-    return seen.keys[0]
+    first = seen.heads[0]
+    alike = all((h.queries, h.scale) == (first.queries, first.scale) for h in seen.heads.values())
+    return first if alike else replace(first, scale=None)

@@ -27,6 +27,7 @@ from thor_fast.engines.base import (
     check_model_folder,
 )
 from thor_fast.engines.blocks import BlockPool
+from thor_fast.engines.decode_graph import decode_graphs
 from thor_fast.engines.model_twin import probe, shadow
 from thor_fast.engines.paged_attention import KVPool
 from thor_fast.engines.sessions import SessionTable
@@ -81,8 +82,9 @@ class PagedEngine:
         blocks = _check_sizes(max_sequences, max_context, limit, kv_tokens, block_size)
         if device is not None:
             model.to(device)  # type: ignore[arg-type]
-        like = probe(shadow(model))
-        pool = KVPool(blocks, block_size, model.config.num_hidden_layers, like)
+        heads = probe(shadow(model))
+        pool = KVPool(blocks, block_size, model.config.num_hidden_layers, heads.keys)
+        widest = -(-max_context // block_size)
         embeddings = cast(torch.nn.Embedding, model.get_input_embeddings())
         self._vocab = embeddings.num_embeddings
         self._max_sequences, self._max_context = max_sequences, max_context
@@ -92,6 +94,7 @@ class PagedEngine:
             model,
             pool,
             SessionTable(BlockPool(blocks), block_size),
+            decode_graphs(pool, heads, max_rows=max_sequences, max_blocks=widest),
             max_sequences=max_sequences,
             max_context=max_context,
         )

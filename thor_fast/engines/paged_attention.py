@@ -24,7 +24,8 @@ import torch.nn.functional as F
 
 from thor_fast.engines.sessions import TailCopy
 from thor_fast.errors import EngineError
-from thor_fast.kernels import KVView, plan_fork, splice
+from thor_fast.kernels import KVView, SplicePlan, splice
+from thor_fast.kernels.paged_kv_splice_plan import PLAIN
 
 __all__ = ["Chunk", "KVPool", "PagedStep"]
 
@@ -42,14 +43,16 @@ class Chunk:
 
 
 class KVPool:
-    """Keys and values of N blocks of B positions, allocated once: [layers, 2, N, B, Hkv, D].
+    """Keys and values of N blocks of B positions, allocated once: [layers, 2, N + 1, B, Hkv, D].
 
-    ``like``: one layer's keys, see :func:`~thor_fast.engines.model_twin.probe`. Raises
+    One block more than asked for: ``scratch``, which holds no sequence, is written by rows that pad
+    a step.
+    ``like``: one layer's keys, see :class:`~thor_fast.engines.model_twin.Heads`. Raises
     ``EngineError`` where there is not enough memory.
     """
 
     def __init__(self, blocks: int, block_size: int, layers: int, like: torch.Tensor) -> None:
-        shape = (layers, 2, blocks, block_size, like.shape[1], like.shape[3])
+        shape = (layers, 2, blocks + 1, block_size, like.shape[1], like.shape[3])
         size = int(np.prod(shape, dtype=object)) * like.element_size()
         try:
             self._kv = _zeros(size, like).view(shape)
@@ -58,7 +61,7 @@ class KVPool:
                 f"no memory for a KV pool of {blocks * block_size} tokens, {size / 2**30:.1f} GiB "
                 f"on {like.device}, expected a smaller kv_tokens"
             ) from error
-        self.block_size = block_size
+        self.block_size, self.scratch = block_size, blocks
         self.device, self.dtype = like.device, like.dtype
         self._view = KVView.stacked(self._kv)
         # Indexing the big tensor in every layer of every step would cost as much as the write.
@@ -68,13 +71,18 @@ class KVPool:
 
     def copy_tails(self, copies: Sequence[TailCopy]) -> None:
         """All copies in one launch."""
-        plans = [plan_fork([c.source], [c.target], c.tokens, self.block_size) for c in copies]
-        if plans:
-            splice(self._view, sum(plans[1:], start=plans[0]))
+        if copies:
+            size = self.block_size
+            rows = [(c.source * size, c.target * size, c.tokens, PLAIN) for c in copies]
+            splice(self._view, SplicePlan(np.array(rows, np.int32), size))
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Overwrite what is not finite and would reach whoever has these blocks next."""
         self._kv[:, :, torch.tensor(blocks, dtype=torch.int64, device=self.device)] = 0
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and all values of a layer, [N + 1, B, Hkv, D] each."""
+        return self._layers[layer]
 
     def write(
         self, layer: int, where: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from thor_fast.engines.base import FinishReason, GenerateRequest, TokenChunk
+from thor_fast.engines.decode_graph import DecodeGraphs
 from thor_fast.engines.fused_model import fuse
 from thor_fast.engines.model_twin import Step, forward, shadow
 from thor_fast.engines.paged_attention import Chunk, KVPool, PagedStep
@@ -105,13 +106,14 @@ class StepLoop:
         model: PreTrainedModel,
         pool: KVPool,
         table: SessionTable,
+        graphs: DecodeGraphs | None,
         *,
         max_sequences: int,
         max_context: int,
     ) -> None:
         self._source = model
         self._forward = _forward_of(model)
-        self._pool, self.table = pool, table
+        self._pool, self.table, self._graphs = pool, table, graphs
         self._max_sequences, self._max_context = max_sequences, max_context
         self.counters = EngineCounters()
         self._wake = threading.Condition()
@@ -178,6 +180,8 @@ class StepLoop:
 
     def invalidate(self, version: int) -> None:
         """New weights: sequences in flight go on from a prefill of all they have."""
+        if self._graphs is not None:
+            self._graphs.drop()
         # Anew: of copies, and in case the trainer put new tensors in place of the old ones.
         del self._forward  # first, lest there are two copies at once
         self._forward = _forward_of(self._source)
@@ -288,7 +292,7 @@ class StepLoop:
         self._grow()
         pairs = self._compose()
         self._pool.copy_tails(self.table.take_copies())
-        logits = self._forward(PagedStep(self._pool, [chunk for _, chunk in pairs]))
+        logits = self._logits([chunk for _, chunk in pairs])
         complete = [i for i, (s, _) in enumerate(pairs) if s.session.cached == len(s.session.ids)]
         if len(complete) < len(pairs):
             logits = logits[complete]
@@ -298,6 +302,12 @@ class StepLoop:
             rows = [SamplingRow(s.request.sampling, s.key, len(s.session.ids)) for s in sequences]
             tokens, logprobs = sample(logits, rows)
             self._take(sequences, tokens.tolist(), logprobs.tolist())
+
+    def _logits(self, chunks: list[Chunk]) -> torch.Tensor:
+        """After the last token of each chunk."""
+        if self._graphs is not None and all(len(chunk.ids) == 1 for chunk in chunks):
+            return self._graphs.logits(self._forward, chunks)
+        return self._forward(PagedStep(self._pool, chunks))
 
     def _take(self, sequences: list[_Sequence], tokens: list[int], logprobs: list[float]) -> None:
         """Append a sampled token to each sequence, end those that are done, tell their streams."""

@@ -105,7 +105,7 @@ def test_every_step_layout_gives_the_model_own_logits(
         faster = fuse(twin)
         assert faster is not None
         run = faster.forward
-    pool = KVPool(40, 16, 3, probe(twin))
+    pool = KVPool(40, 16, 3, probe(twin).keys)
     texts = {name: prompt(30 + name, name + 1) for name in range(9)}
     order = np.random.default_rng(0).permutation(40)
     blocks = {name: [int(b) for b in order[3 * name : 3 * name + 3]] for name in texts}
