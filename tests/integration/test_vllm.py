@@ -88,11 +88,12 @@ def test_the_budget_is_what_the_pool_holds() -> None:
     cache = SimpleNamespace(num_gpu_blocks=11, block_size=32)
     model = SimpleNamespace(get_vocab_size=lambda: VOCAB)
     llm = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache), model_config=model)
-    assert VLLMEngine(llm, max_sequences=8, max_context=128).kv_budget == KVBudget(8, 320, 0, 0, 32)
-    # With pins, a block less for each sequence, but room for one.
-    for sequences, tokens in ((4, 192), (8, 128)):
-        engine = VLLMEngine(llm, max_sequences=sequences, max_context=128, splice_kv=True)
-        assert engine.kv_budget == KVBudget(sequences, tokens, 0, 0, 32)
+    for splice_kv in (False, True):
+        engine = VLLMEngine(llm, max_sequences=8, max_context=128, splice_kv=splice_kv)
+        assert engine.kv_budget == KVBudget(8, 320, 0, 0, 32)
+    # Room for one, however small the pool.
+    engine = VLLMEngine(llm, max_sequences=8, max_context=1024)
+    assert engine.kv_budget == KVBudget(8, 1024, 0, 0, 32)
 
 
 @needs_vllm

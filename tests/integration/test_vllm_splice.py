@@ -112,7 +112,7 @@ def test_where_the_connector_cannot_work(monkeypatch, version, settings, message
 async def test_many_turns_compute_what_is_new(engine, model) -> None:
     assert engine.capabilities.native_fork
     assert engine.capabilities.native_truncate
-    pool = (POOL_BLOCKS - 1 - N_SEQUENCES) * BLOCK
+    pool = (POOL_BLOCKS - 1) * BLOCK
     assert engine.kv_budget == KVBudget(N_SEQUENCES, pool, 0, 0, BLOCK)
     context = prompt(45, 2)
     n_new = len(context)
@@ -206,6 +206,26 @@ async def test_pins_survive_what_goes_through_the_rest_of_the_pool(engine) -> No
     _, _, _, prefill = await generate(engine, branch, 5, session="paused")
     assert prefill == 2
     await engine.release("paused")
+
+
+@needs_vllm
+async def test_in_a_pool_full_of_pins_each_goes_on_from_its_own(engine, model) -> None:
+    """No block is free for a copy: who resumes gives up its own last block, and nobody else any."""
+    await nothing_held(engine)
+    per_session = 5
+    names = [f"full{i}" for i in range((POOL_BLOCKS - 1) // per_session)]
+    assert per_session * len(names) == POOL_BLOCKS - 1
+    length = (per_session - 1) * BLOCK + BLOCK // 2
+    contexts = [prompt(length - 5, 500 + i) for i in range(len(names))]
+    for name, context in zip(names, contexts, strict=True):
+        tokens, *_ = await generate(engine, context, 5, session=name, temperature=0.0)
+        context += tokens
+    for name, context in zip(names, contexts, strict=True):
+        got, _, _, prefill = await generate(engine, context, 5, session=name, temperature=0.0)
+        assert got == greedy(model, context, 5)
+        assert prefill <= BLOCK // 2
+    for name in names:
+        await engine.release(name)
 
 
 @needs_vllm

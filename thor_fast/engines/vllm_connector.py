@@ -9,8 +9,9 @@ back are the same thing: a request that names a pin, and shares some of its toke
 
 Loaded by vLLM through ``kv_connector_module_path`` (no patch); imported in vLLM's processes only.
 A request asks for it in ``SamplingParams.extra_args["kv_transfer_params"]["thor_fast"]``:
-``{"pin": str, "source": str | None, "drop": list[str]}``: the name to keep its KV under once it has
-stopped by itself (an aborted one is not kept), the pin to start from, and pins to give back.
+``{"pin": str, "source": str | None, "last": bool, "drop": list[str]}``: the name to keep its KV
+under once it has stopped by itself (an aborted one is not kept), the pin to start from, whether
+nobody else is likely to start there, and pins to give back.
 
 What keeps the prefix cache clean: tokens and salt of source and request are compared here, so what
 is copied is the KV of the very tokens vLLM files it under; and the copy is the new request's own,
@@ -64,6 +65,7 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self._block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         self._copies: list[tuple[int, int]] = []
         self._in_use: set[str] = set()
+        self._spent: list[str] = []
         self._caches: list[torch.Tensor] = []
 
     @property
@@ -93,15 +95,26 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         held = min(num_computed_tokens, shared) // self._block_size
         needed = -(-request.num_tokens // self._block_size) - held
         needed += self._kv_cache_manager.watermark_blocks
-        self._pins.make_room(needed, keep={*self._in_use, *([source] if source else ())})
-        if self._pins.make_room(needed, keep=self._in_use):
+        keep = {*self._in_use, source or ""}
+        self._pins.make_room(needed, keep=keep, only_spent=True)
+        short = self._pool.get_num_free_blocks() < needed
+        if source and short and _asked(request)["last"] and source not in self._in_use:
+            # Its last, partly filled block is computed again: less than any other pin's loss. The
+            # full ones are in the prefix cache, where this request has found them.
+            self._pins.drop([source])
+        self._pins.make_room(needed, keep=keep)
+        self._pins.make_room(needed, keep=self._in_use)
+        if short:
             shared = self._shared(request)
         return max(shared - num_computed_tokens, 0), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        name = _asked(request).get("source")
+        if name is not None and _asked(request)["last"]:
+            self._spent.append(name)
         if num_external_tokens == 0:
             return
-        name = _asked(request)["source"]
+        assert name is not None
         pin, shared = self._pins.use(name), self._shared(request)
         assert pin is not None
         # Until the copy is made its blocks must not become somebody else's.
@@ -115,6 +128,9 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
     def build_connector_meta(self, scheduler_output: Any) -> _Copies:
         # Workers run the steps in order: from the next one on, these sources may be written.
         self._in_use.clear()
+        for name in self._spent:
+            self._pins.spend(name)
+        self._spent.clear()
         copies, self._copies = self._copies, []
         return _Copies(copies)
 
