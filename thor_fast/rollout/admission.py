@@ -12,8 +12,9 @@ While fewer than eight have ended, a sixteenth of the bound is assumed.
 
 How much to grant. What is granted and not filled is lost to the others, so a grant reaches a
 quarter of the usual length further, and is raised when it is used up; a raise costs one more engine
-call, with one token of prefill. Where the pool has room for it, more is granted: with twice as many
-live as the engine decodes at a time, some may pause and its batch is full all the same.
+call, with one token of prefill, unless a call ends there anyway. Where the pool has room for it,
+more is granted: with twice as many live as the engine decodes at a time, some may pause and its
+batch is full all the same.
 
 If there is no more to grant, a trajectory waits, keeping its KV, and nobody is admitted meanwhile.
 Once more of them wait than go on, the youngest that waits has its KV forgotten by us and its grant
@@ -118,6 +119,7 @@ class Admission:
         Its KV may be forgotten meanwhile.
         """
         allowance.n_tokens = n_tokens
+        self._top_up(allowance)
         if allowance.granted * self._block <= n_tokens:
             await self._ask(allowance)
             while allowance.revoked:
@@ -144,6 +146,21 @@ class Admission:
             return max(self._growth // _FIRST_SHARE, 1)
         return statistics.median_high(self._lengths)
 
+    def _top_up(self, allowance: Allowance) -> None:
+        """Raise a grant of which little is left, if nobody waits: here a call has ended anyway."""
+        little = self._step // 2
+        left = allowance.granted * self._block - allowance.n_tokens
+        more = min(self._blocks(allowance.n_tokens + little), allowance.most) - allowance.granted
+        if left < 1 or more < 1 or any(other.wanted for other in self._live):
+            return
+        if self._fits(allowance, more):
+            _grant(allowance, more)
+
+    @property
+    def _step(self) -> int:
+        """Tokens by which a grant is raised."""
+        return max(_SMALLEST_RAISE_TOKENS, self.expected_growth // _RAISES)
+
     async def _ask(self, allowance: Allowance) -> None:
         allowance.wanted = allowance.n_tokens + 1
         allowance.decided.clear()
@@ -155,7 +172,7 @@ class Admission:
 
     def _share_out(self) -> None:
         """Raise grants, take one back if too many wait, then admit, as far as the pool goes."""
-        step = max(_SMALLEST_RAISE_TOKENS, self.expected_growth // _RAISES)
+        step = self._step
         for allowance in self._live:
             if allowance.wanted and not allowance.revoked:
                 self._raise(allowance, self._blocks(step))
