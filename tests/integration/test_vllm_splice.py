@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import pytest_asyncio
+import torch
 
 from thor_fast.engines import vllm_start
 from thor_fast.engines.base import FinishReason, GenerateRequest, KVBudget, SamplingParams
@@ -206,6 +207,32 @@ async def test_pins_survive_what_goes_through_the_rest_of_the_pool(engine) -> No
     _, _, _, prefill = await generate(engine, branch, 5, session="paused")
     assert prefill == 2
     await engine.release("paused")
+
+
+@needs_vllm
+@pytest.mark.parametrize("by_plan", [False, True])
+def test_the_workers_half_copies_what_the_schedulers_half_says(monkeypatch, by_plan) -> None:
+    """Once by vLLM's helper, whole blocks, and once by our plan, as on a GPU: tokens."""
+    from thor_fast.engines import vllm_connector, vllm_copies
+    from thor_fast.kernels import KVView
+
+    if by_plan:
+        monkeypatch.setattr(vllm_copies, "KVView", SimpleNamespace(vllm=KVView.packed_layers))
+    layers = {f"layer{i}": torch.rand(6, 2, 8, 8) for i in range(3)}
+    before = {name: layer.clone() for name, layer in layers.items()}
+    connector = object.__new__(vllm_connector.SplicingKVConnector)
+    connector._kv_cache_config = SimpleNamespace(num_blocks=6)
+    connector._spec = SimpleNamespace(head_size=4)
+    connector.register_kv_caches(layers)
+    copies = [vllm_copies.BlockCopy(0, 3, 8), vllm_copies.BlockCopy(1, 4, 5)]
+    connector.bind_connector_metadata(vllm_connector._Copies(copies))
+    connector.start_load_kv(None)
+    for name, layer in layers.items():
+        expected = before[name]
+        expected[3] = expected[0]
+        n_tokens = 5 if by_plan else 8
+        expected[4, :, :n_tokens] = expected[1, :, :n_tokens]
+        assert torch.equal(layer, expected)
 
 
 @needs_vllm

@@ -20,7 +20,9 @@ without a hash until that request has filled it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec  # type: ignore[import-
 from vllm.v1.request import RequestStatus  # type: ignore[import-not-found]
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace  # type: ignore[import-not-found]
 
+from thor_fast.engines.vllm_copies import BlockCopy, copier
 from thor_fast.engines.vllm_pins import Pin, PinTable
 
 __all__ = ["SplicingKVConnector"]
@@ -44,9 +47,9 @@ _KEPT = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 @dataclass
 class _Copies(KVConnectorMetadata):  # type: ignore[misc]
-    """Blocks to copy before the next forward: (source, target) ids."""
+    """What to copy before the next forward."""
 
-    blocks: list[tuple[int, int]]
+    copies: list[BlockCopy]
 
 
 class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -62,11 +65,11 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         if kinds != [FullAttentionSpec]:
             names = ", ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"KV cache groups are {names}, expected one FullAttentionSpec")
-        self._block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._copies: list[tuple[int, int]] = []
+        self._spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self._block_size: int = self._spec.block_size
+        self._copies: list[BlockCopy] = []
         self._in_use: set[str] = set()
         self._spent: list[str] = []
-        self._caches: list[torch.Tensor] = []
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -121,9 +124,9 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         self._in_use.add(name)
         (targets,) = blocks.get_block_ids()
         first = (shared - num_external_tokens) // self._block_size
-        last = -(-shared // self._block_size)
-        sources = [block.block_id for block in pin.blocks[first:last]]
-        self._copies += zip(sources, targets[first:last], strict=True)
+        for i in range(first, -(-shared // self._block_size)):
+            n_tokens = min(shared - i * self._block_size, self._block_size)
+            self._copies.append(BlockCopy(pin.blocks[i].block_id, targets[i], n_tokens))
 
     def build_connector_meta(self, scheduler_output: Any) -> _Copies:
         # Workers run the steps in order: from the next one on, these sources may be written.
@@ -165,15 +168,21 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
     # In each worker.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._caches = list(kv_caches.values())
+        """Choose how tokens are copied: on a GPU by a plan, where the caches' form is known.
+
+        Elsewhere whole blocks are, which is right in any layout. What a block holds behind the
+        shared tokens is written over, or masked by the length.
+        """
+        caches, num_blocks = list(kv_caches.values()), self._kv_cache_config.num_blocks
+        self._copy = copier(caches, num_blocks, self._spec.head_size) or partial(
+            _copy_blocks, caches, num_blocks
+        )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Copy whole blocks, which is right in any layout: K is transposed inside a CPU's block.
-
-        What a block holds behind the shared tokens is written over, or masked by the length.
-        """
-        copies = [KVCacheBlockCopy(*pair) for pair in self._get_connector_metadata().blocks]
-        copy_kv_cache_blocks_inplace(self._caches, self._kv_cache_config.num_blocks, copies)
+        """Copy on the stream of the forward that comes next."""
+        copies = self._get_connector_metadata().copies
+        if copies:
+            self._copy(copies)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """All layers are loaded before the forward."""
@@ -183,6 +192,13 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     def wait_for_save(self) -> None:
         """See :meth:`save_kv_layer`."""
+
+
+def _copy_blocks(
+    caches: Sequence[torch.Tensor], num_blocks: int, copies: Sequence[BlockCopy]
+) -> None:
+    pairs = [KVCacheBlockCopy(copy.source, copy.target) for copy in copies]
+    copy_kv_cache_blocks_inplace(caches, num_blocks, pairs)
 
 
 def _asked(request: Any) -> dict[str, Any]:
