@@ -97,7 +97,7 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
             pause_token_ids=closing_fence_tokens(tokenizer),
             splice_kv=True,
             **sizes,
-            **_vllm_pool(args.kv_tokens, args.max_sequences),
+            **_vllm_pool(args.kv_tokens),
         )
     else:
         import torch
@@ -138,18 +138,15 @@ def _vllm_engine() -> Any:
         raise ConfigError(f"--engine vllm: {error}, expected thor_fast with its engine") from error
 
 
-def _vllm_pool(kv_tokens: int | None, max_sequences: int) -> dict[str, int]:
+def _vllm_pool(kv_tokens: int | None) -> dict[str, int]:
     # The smallest blocks that vLLM has on a GPU and on a CPU.
     import torch
 
     block = 16 if torch.cuda.is_available() else 32
     if kv_tokens is None:
         return {"block_size": block}
-    # It keeps one for itself, and the connector one for each sequence.
-    return {
-        "block_size": block,
-        "num_gpu_blocks_override": kv_tokens // block + 1 + max_sequences,
-    }
+    # It keeps one for itself.
+    return {"block_size": block, "num_gpu_blocks_override": kv_tokens // block + 1}
 
 
 def _sandbox(name: str, tools: str) -> Sandbox:

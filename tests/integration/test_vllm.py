@@ -88,11 +88,12 @@ def test_the_budget_is_what_the_pool_holds() -> None:
     cache = SimpleNamespace(num_gpu_blocks=11, block_size=32)
     model = SimpleNamespace(get_vocab_size=lambda: VOCAB)
     llm = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache), model_config=model)
-    assert VLLMEngine(llm, max_sequences=8, max_context=128).kv_budget == KVBudget(8, 320, 0, 0, 32)
-    # With pins, a block less for each sequence, but room for one.
-    for sequences, tokens in ((4, 192), (8, 128)):
-        engine = VLLMEngine(llm, max_sequences=sequences, max_context=128, splice_kv=True)
-        assert engine.kv_budget == KVBudget(sequences, tokens, 0, 0, 32)
+    for splice_kv in (False, True):
+        engine = VLLMEngine(llm, max_sequences=8, max_context=128, splice_kv=splice_kv)
+        assert engine.kv_budget == KVBudget(8, 320, 0, 0, 32)
+    # Room for one, however small the pool.
+    engine = VLLMEngine(llm, max_sequences=8, max_context=1024)
+    assert engine.kv_budget == KVBudget(8, 1024, 0, 0, 32)
 
 
 @needs_vllm
@@ -317,3 +318,54 @@ async def test_new_weights_are_read_from_the_folder(engine, model, folder) -> No
         await engine.update_weights(version + 2)
     tokens, *_ = await generate(engine, ids, 30, session="warm", temperature=0.0)
     assert tokens == greedy(model, ids, 30)
+
+
+@needs_vllm
+async def test_why_resumable_requests_are_not_used(engine) -> None:
+    """A resumed chunk ignores its seed: whoever falls back to a request of its own says others."""
+    from vllm import SamplingParams as VLLMParams
+    from vllm.engine.protocol import StreamingInput
+    from vllm.sampling_params import RequestOutputKind
+
+    def parameters(seed: int):
+        return VLLMParams(
+            temperature=1.0,
+            seed=seed,
+            max_tokens=20,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    async def resumed(seed: int) -> tuple[list[int], list[int]]:
+        """The context of the second chunk, and what is said to it."""
+        chunks: asyncio.Queue[StreamingInput] = asyncio.Queue()
+
+        async def inputs():
+            while True:
+                yield await chunks.get()
+
+        context, said = list(PROMPT), []
+        chunks.put_nowait(StreamingInput({"prompt_token_ids": list(PROMPT)}, parameters(11)))
+        stream = engine._llm.generate(inputs(), parameters(11), f"resumable-{seed}")
+        async with asyncio.timeout(60), aclosing(stream):
+            async for output in stream:
+                said += output.outputs[0].token_ids
+                if output.outputs[0].finish_reason is not None and context == PROMPT:
+                    # The last sampled token is dropped, and has to be sent again.
+                    update = {"prompt_token_ids": [said[-1], 5, 6]}
+                    chunks.put_nowait(StreamingInput(update, parameters(seed)))
+                    context, said = [*context, *said, 5, 6], []
+                elif output.outputs[0].finish_reason is not None:
+                    break
+        return context, said
+
+    async def ordinary(context: list[int], seed: int) -> list[int]:
+        prompt = {"prompt_token_ids": list(context)}
+        outputs = engine._llm.generate(prompt, parameters(seed), f"ordinary-{seed}")
+        return [token async for output in outputs for token in output.outputs[0].token_ids]
+
+    (context, one), (same_context, other) = await resumed(22), await resumed(33)
+    assert context == same_context
+    assert await ordinary(context, 22) != await ordinary(context, 33)
+    assert one == other

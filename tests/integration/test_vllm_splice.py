@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import pytest_asyncio
+import torch
 
 from thor_fast.engines import vllm_start
 from thor_fast.engines.base import FinishReason, GenerateRequest, KVBudget, SamplingParams
@@ -112,7 +113,7 @@ def test_where_the_connector_cannot_work(monkeypatch, version, settings, message
 async def test_many_turns_compute_what_is_new(engine, model) -> None:
     assert engine.capabilities.native_fork
     assert engine.capabilities.native_truncate
-    pool = (POOL_BLOCKS - 1 - N_SEQUENCES) * BLOCK
+    pool = (POOL_BLOCKS - 1) * BLOCK
     assert engine.kv_budget == KVBudget(N_SEQUENCES, pool, 0, 0, BLOCK)
     context = prompt(45, 2)
     n_new = len(context)
@@ -206,6 +207,52 @@ async def test_pins_survive_what_goes_through_the_rest_of_the_pool(engine) -> No
     _, _, _, prefill = await generate(engine, branch, 5, session="paused")
     assert prefill == 2
     await engine.release("paused")
+
+
+@needs_vllm
+@pytest.mark.parametrize("by_plan", [False, True])
+def test_the_workers_half_copies_what_the_schedulers_half_says(monkeypatch, by_plan) -> None:
+    """Once by vLLM's helper, whole blocks, and once by our plan, as on a GPU: tokens."""
+    from thor_fast.engines import vllm_connector, vllm_copies
+    from thor_fast.kernels import KVView
+
+    if by_plan:
+        monkeypatch.setattr(vllm_copies, "KVView", SimpleNamespace(vllm=KVView.packed_layers))
+    layers = {f"layer{i}": torch.rand(6, 2, 8, 8) for i in range(3)}
+    before = {name: layer.clone() for name, layer in layers.items()}
+    connector = object.__new__(vllm_connector.SplicingKVConnector)
+    connector._kv_cache_config = SimpleNamespace(num_blocks=6)
+    connector._spec = SimpleNamespace(head_size=4)
+    connector.register_kv_caches(layers)
+    copies = [vllm_copies.BlockCopy(0, 3, 8), vllm_copies.BlockCopy(1, 4, 5)]
+    connector.bind_connector_metadata(vllm_connector._Copies(copies))
+    connector.start_load_kv(None)
+    for name, layer in layers.items():
+        expected = before[name]
+        expected[3] = expected[0]
+        n_tokens = 5 if by_plan else 8
+        expected[4, :, :n_tokens] = expected[1, :, :n_tokens]
+        assert torch.equal(layer, expected)
+
+
+@needs_vllm
+async def test_in_a_pool_full_of_pins_each_goes_on_from_its_own(engine, model) -> None:
+    """No block is free for a copy: who resumes gives up its own last block, and nobody else any."""
+    await nothing_held(engine)
+    per_session = 5
+    names = [f"full{i}" for i in range((POOL_BLOCKS - 1) // per_session)]
+    assert per_session * len(names) == POOL_BLOCKS - 1
+    length = (per_session - 1) * BLOCK + BLOCK // 2
+    contexts = [prompt(length - 5, 500 + i) for i in range(len(names))]
+    for name, context in zip(names, contexts, strict=True):
+        tokens, *_ = await generate(engine, context, 5, session=name, temperature=0.0)
+        context += tokens
+    for name, context in zip(names, contexts, strict=True):
+        got, _, _, prefill = await generate(engine, context, 5, session=name, temperature=0.0)
+        assert got == greedy(model, context, 5)
+        assert prefill <= BLOCK // 2
+    for name in names:
+        await engine.release(name)
 
 
 @needs_vllm

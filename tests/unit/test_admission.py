@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -74,11 +75,41 @@ async def test_what_an_episode_begins_with_may_count_as_growth() -> None:
     assert used_up.most == 31
 
 
-async def test_a_quarter_of_the_bound_is_set_aside_until_lengths_are_known() -> None:
-    # 36 each, and the first one's 74 that it may still ask for.
-    assert await n_live(admission(330, lengths=[5] * 7)) == (330 - 74) // 36
-    # 16 each, and 94.
-    assert await n_live(admission(330, lengths=[5] * 8)) == (330 - 94) // 16
+async def test_a_sixteenth_of_the_bound_is_expected_until_lengths_are_known() -> None:
+    # Grants of 42: a prompt of 10 and the smallest raise.
+    assert await n_live(admission(330, lengths=[40] * 7)) == 330 // 42
+    # Now each is thought to come to 50, and half a token for its last block.
+    assert await n_live(admission(330, lengths=[40] * 8)) == 330 // 51
+
+
+async def test_who_has_nearly_ended_makes_room_for_the_next() -> None:
+    # Two prompts of 10 that grow by 40 do not fit side by side; behind 31 of the first, they do.
+    shared = admission(99, lengths=[40] * 8)
+    one = await shared.enter(10)
+    assert await enter(shared, 10) is None
+    await shared.room(one, 41)
+    assert await enter(shared, 10) is not None
+
+
+async def test_a_grant_that_is_nearly_used_up_is_raised_where_a_call_ends_anyway() -> None:
+    shared = admission(200, lengths=[20] * 8)
+    one = await shared.enter(10)
+    assert await shared.room(one, 26) == 16  # enough
+    assert await shared.room(one, 30) == 16  # of 12
+    full = admission(42, lengths=[20] * 8)
+    one = await full.enter(10)
+    assert await full.room(one, 30) == 16  # alone, it has what it wants
+    shared = admission(84, lengths=[20] * 8)
+    one, _ = [await shared.enter(10) for _ in range(2)]
+    assert await shared.room(one, 30) == 12  # and does not wait for more
+
+
+async def test_one_that_has_outgrown_others_is_expected_to_grow_as_the_longer_ones_did() -> None:
+    shared = admission(400, lengths=[5] * 8 + [90] * 2)
+    one = await shared.enter(10)
+    await shared.room(one, 41)  # 31 grown: 90 are usual for such
+    # 100 for that one. The others, 15 each, and all but the last end before it.
+    assert await n_live(shared) == 8
 
 
 async def test_half_fit_their_first_grant() -> None:
@@ -88,15 +119,18 @@ async def test_half_fit_their_first_grant() -> None:
 
 
 async def test_twice_what_decodes_at_a_time_is_live_and_has_all_the_room() -> None:
-    # Usual are 16, and 94 stay free; but no more than 2 x 5 could gain by being live.
-    shared = admission(400, lengths=[5] * 8, running=5)
+    # 42 would do; but no more than 2 x 3 could gain by being live.
+    shared = admission(400, lengths=[5] * 8, running=3)
     one = await shared.enter(10)
-    assert one.granted == 40
-    assert await n_live(shared) == (400 - 110) // 40
+    assert one.granted == 400 // 6
+    assert await n_live(shared) == 5
 
 
-async def test_what_is_usual_is_granted_however_many_may_decode() -> None:
-    assert (await admission(400, lengths=[5] * 8, running=50).enter(10)).granted == 16
+async def test_a_quarter_of_what_is_usual_is_granted_and_at_least_32() -> None:
+    assert (await admission(400, lengths=[5] * 8, running=50).enter(10)).granted == 42
+    assert (await admission(400, lengths=[80] * 8, running=50, growth=200).enter(10)).granted == 42
+    usual = admission(4000, lengths=[800] * 8, running=50, growth=2000)
+    assert (await usual.enter(10)).granted == 210
 
 
 async def test_one_is_live_however_small_the_pool() -> None:
@@ -114,22 +148,69 @@ async def test_the_context_bounds_what_is_set_aside() -> None:
 
 
 async def test_who_needs_more_waits_until_another_ends() -> None:
-    # Three of 31, the first of them with 79 more to come.
-    shared = admission(3 * 31 + 79, lengths=[20] * 8)
-    old, young, _ = [await shared.enter(10) for _ in range(3)]
-    assert await shared.room(young, 30) == 1
-    asking = asyncio.create_task(shared.room(young, 31))
+    # Three of 42, and four more.
+    shared = admission(3 * 42 + 4, lengths=[20] * 8)
+    old, young, other = [await shared.enter(10) for _ in range(3)]
+    assert await shared.room(young, 41) == 1
+    assert await shared.room(young, 42) == 1  # what there is, rather than nothing
+    assert await shared.room(young, 43) == 1
+    assert await shared.room(young, 44) == 1
+    assert await shared.room(young, 45) == 1
+    asking = asyncio.create_task(shared.room(young, 46))
     newcomer = asyncio.create_task(shared.enter(1))
-    await asyncio.sleep(0)
-    # The longest live gets all it may want.
-    assert await shared.room(old, 31) == 64
-    assert await shared.room(old, 95) == 15
     await asyncio.sleep(0)
     assert not asking.done()
     assert not newcomer.done()
+    shared.leave(other)
+    assert await asking == 32
+    assert not newcomer.done()
     shared.leave(old)
-    assert await asking == 64
     assert (await newcomer).granted > 0
+
+
+async def test_the_youngest_of_those_that_wait_gives_its_room_back() -> None:
+    shared = admission(3 * 42, lengths=[20] * 8)
+    old, middle, young = [await shared.enter(10) for _ in range(3)]
+    forgotten: list[str] = []
+
+    def forgets(name: str):
+        async def forget() -> None:
+            forgotten.append(name)
+            await asyncio.sleep(0)
+            assert sum(a.granted for a in (old, middle, young)) <= 3 * 42
+
+        return forget
+
+    old.forget, middle.forget, young.forget = map(forgets, ("old", "middle", "young"))
+    asking = [asyncio.create_task(shared.room(young, 42))]
+    await asyncio.sleep(0.01)
+    assert not forgotten  # two go on
+    asking.append(asyncio.create_task(shared.room(old, 42)))
+    assert await asking[1] == 32
+    assert forgotten == ["young"]
+    await asyncio.sleep(0.01)
+    assert not asking[0].done()
+    shared.leave(middle)
+    assert await asking[0] > 0
+    assert forgotten == ["young"]
+
+
+async def test_one_cancelled_while_its_kv_is_forgotten_is_gone() -> None:
+    shared = admission(2 * 42, lengths=[20] * 8)
+    old, young = [await shared.enter(10) for _ in range(2)]
+    forgetting = asyncio.Event()
+
+    async def forget() -> None:
+        forgetting.set()
+        await asyncio.Event().wait()
+
+    young.forget = forget
+    asking = [asyncio.create_task(shared.room(a, 42)) for a in (young, old)]
+    await forgetting.wait()
+    asking[0].cancel()
+    await asyncio.wait([asking[0]])
+    shared.leave(young)
+    assert await asking[1] == 32
 
 
 async def test_a_cancelled_entrance_is_no_longer_in_line() -> None:
@@ -160,8 +241,13 @@ def test_any_lengths_in_any_order_fit_and_all_end(block, pool_blocks, sizes, kno
     rng = random.Random(seed)
     held: dict[int, int] = {}
 
+    async def forget(number: int) -> None:
+        await asyncio.sleep(0)
+        held.pop(number, None)
+
     async def one(number: int, n_prompt: int, n_response: int) -> None:
         allowance = await shared.enter(n_prompt)
+        allowance.forget = partial(forget, number)
         n = n_prompt
         while n < n_prompt + n_response:
             room = await shared.room(allowance, n)

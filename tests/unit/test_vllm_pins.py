@@ -74,6 +74,31 @@ def test_a_pin_of_the_same_name_takes_over_shared_blocks() -> None:
     assert (len(table), pool.references) == (0, [0] * 4)
 
 
+def test_spent_ones_make_room_first() -> None:
+    pool = Pool(6)
+    table = PinTable(pool)
+    for i, name in enumerate("abc"):
+        table.add(name, pin(2 * i, 2 * i + 1))
+    table.spend("c")
+    table.spend("never there")
+    assert table.make_room(2, only_spent=True)
+    assert pool.references == [1, 1, 1, 1, 0, 0]
+    assert not table.make_room(3, only_spent=True)
+    table.spend("b")
+    assert table.use("b") is not None  # somebody starts there again
+    assert table.make_room(4)
+    assert pool.references == [0, 0, 1, 1, 0, 0]
+
+
+def test_a_pin_with_one_session_left_is_its_own() -> None:
+    names = PinNames()
+    assert names.only_one(None)
+    names.hold("a")
+    assert names.only_one("a")
+    names.hold("a")
+    assert not names.only_one("a")
+
+
 def test_the_least_recently_used_make_room() -> None:
     pool = Pool(6)
     table = PinTable(pool)

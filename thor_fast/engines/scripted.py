@@ -69,11 +69,11 @@ class ScriptedEngine:
 
     The k-th session to start from a context plays its k-th script, round and round. A forked
     session looks its context up in the same way (a script per branch), and plays its parent's
-    script on if there is none. ``chunk_tokens``: tokens per chunk; with ``watch=False`` that many
-    can run past a fence. ``max_sequences``: holding more sessions is an ``EngineError``, so that a
-    scheduler which admits too many is found out; so is holding more than ``kv_tokens`` tokens (by
-    default enough for all of them), counted in blocks of ``block_tokens``. ``token_s``: seconds per
-    token.
+    script on if there is none; a released one that comes back goes on in its own. ``chunk_tokens``:
+    tokens per chunk; with ``watch=False`` that many can run past a fence. ``max_sequences``:
+    holding more sessions is an ``EngineError``, so that a scheduler which admits too many is found
+    out; so is holding more than ``kv_tokens`` tokens (by default enough for all of them), counted
+    in blocks of ``block_tokens``. ``token_s``: seconds per token.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class ScriptedEngine:
             raise ValueError(f"chunk_tokens is {chunk_tokens}, expected >= 1")
         self._scripts = {context: itertools.cycle(choices) for context, choices in scripts.items()}
         self._sessions: dict[str, _Session] = {}
+        self._released: dict[str, _Session] = {}
         self._token_s = token_s
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
@@ -161,7 +162,9 @@ class ScriptedEngine:
         self._get(session, at_token).rewind(at_token)
 
     async def release(self, session: str) -> None:
-        self._sessions.pop(session, None)
+        if session in self._sessions:
+            self._released[session] = self._sessions.pop(session)
+            self._released[session].held = 0
 
     async def update_weights(self, version: int) -> None:
         if version <= self._version:
@@ -173,19 +176,13 @@ class ScriptedEngine:
     async def aclose(self) -> None:
         self._closed = True
         self._sessions.clear()
+        self._released.clear()
 
     def _open(self, request: GenerateRequest) -> _Session:
         """The session, rewound to what it shares with the request and holding the request."""
         session = self._sessions.get(request.session)
         if session is None:
-            self._check_room()
-            choices = self._scripts.get(request.token_ids)
-            if choices is None:
-                raise EngineError(
-                    f"no script for a context of {len(request.token_ids)} tokens, expected one of "
-                    f"the {len(self._scripts)} contexts given"
-                )
-            session = self._sessions[request.session] = _Session(next(choices))
+            session = self._sessions[request.session] = self._start(request)
         shared = 0
         for ours, theirs in zip(session.tokens, request.token_ids, strict=False):
             if ours != theirs:
@@ -195,6 +192,19 @@ class ScriptedEngine:
         session.tokens.extend(request.token_ids[shared:])
         self._check_tokens()
         return session
+
+    def _start(self, request: GenerateRequest) -> _Session:
+        self._check_room()
+        released = self._released.pop(request.session, None)
+        choices = self._scripts.get(request.token_ids)
+        if choices is not None:
+            return _Session(next(choices))
+        if released is None:
+            raise EngineError(
+                f"no script for a context of {len(request.token_ids)} tokens, expected one of "
+                f"the {len(self._scripts)} contexts given"
+            )
+        return released
 
     def _get(self, name: str, at_token: int) -> _Session:
         session = self._sessions.get(name)

@@ -80,9 +80,9 @@ class VLLMEngine:
       calls elsewhere meets other noise, which the contract's "function of (seed, position)" would
       exclude. Equal noise gives equal tokens only where logits are equal, and vLLM's are not the
       same to the last bit in batches of other sizes (its ``VLLM_BATCH_INVARIANT`` helps on GPUs).
-    - **Budget.** ``kv_budget.max_tokens`` is the KV pool vLLM has allocated, less a block for each
-      of ``max_sequences`` with ``splice_kv``. ``live_*`` counts sessions not yet released: vLLM may
-      have evicted their blocks, which costs a prefill and changes nothing else.
+    - **Budget.** ``kv_budget.max_tokens`` is the KV pool vLLM has allocated. ``live_*`` counts
+      sessions not yet released: vLLM may have evicted their blocks, which costs a prefill and
+      changes nothing else.
     - **Weights.** ``update_weights`` has vLLM read its model folder again, so save there first.
       Calls in flight go on under the new weights, from a prefill of all they have. Cached prefixes
       carry the version as vLLM's ``cache_salt``: old ones can never be hit again.
@@ -103,10 +103,8 @@ class VLLMEngine:
         splice_kv: bool = False,
     ) -> None:
         cache = llm.vllm_config.cache_config
-        # Block 0 is vLLM's placeholder and holds nobody's tokens. A session that resumes has two
-        # last blocks until the next request brings word that the old one is not needed.
-        blocks = cache.num_gpu_blocks - 1 - (max_sequences if splice_kv else 0)
-        blocks = max(blocks, math.ceil(max_context / cache.block_size))
+        # Block 0 is vLLM's placeholder and holds nobody's tokens.
+        blocks = max(cache.num_gpu_blocks - 1, math.ceil(max_context / cache.block_size))
         self._llm = llm
         self._vocab: int = llm.model_config.get_vocab_size()
         self._max_sequences, self._max_context = max_sequences, max_context
@@ -321,7 +319,12 @@ class VLLMEngine:
             raise EngineError(session.ended)
         session.request_id = f"{request.session}#{next(self._numbers)}"
         n_sampled = len(context) - len(request.token_ids)
-        kv = {"pin": session.request_id, "source": session.pin, "drop": self._pins.take_unused()}
+        kv = {
+            "pin": session.request_id,
+            "source": session.pin,
+            "last": self._pins.only_one(session.pin),
+            "drop": self._pins.take_unused(),
+        }
         params = parameters(
             request,
             len(context),

@@ -42,6 +42,10 @@ class PinNames:
             del self._users[name]
             self._unused.append(name)
 
+    def only_one(self, name: str | None) -> bool:
+        """Whether at most one session stands on ``name``."""
+        return self._users[name or ""] <= 1
+
     def take_unused(self) -> list[str]:
         """The names to drop since the last call."""
         unused, self._unused = self._unused, []

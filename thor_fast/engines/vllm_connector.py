@@ -9,8 +9,9 @@ back are the same thing: a request that names a pin, and shares some of its toke
 
 Loaded by vLLM through ``kv_connector_module_path`` (no patch); imported in vLLM's processes only.
 A request asks for it in ``SamplingParams.extra_args["kv_transfer_params"]["thor_fast"]``:
-``{"pin": str, "source": str | None, "drop": list[str]}``: the name to keep its KV under once it has
-stopped by itself (an aborted one is not kept), the pin to start from, and pins to give back.
+``{"pin": str, "source": str | None, "last": bool, "drop": list[str]}``: the name to keep its KV
+under once it has stopped by itself (an aborted one is not kept), the pin to start from, whether
+nobody else is likely to start there, and pins to give back.
 
 What keeps the prefix cache clean: tokens and salt of source and request are compared here, so what
 is copied is the KV of the very tokens vLLM files it under; and the copy is the new request's own,
@@ -19,7 +20,9 @@ without a hash until that request has filled it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +36,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec  # type: ignore[import-
 from vllm.v1.request import RequestStatus  # type: ignore[import-not-found]
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace  # type: ignore[import-not-found]
 
+from thor_fast.engines.vllm_copies import BlockCopy, copier
 from thor_fast.engines.vllm_pins import Pin, PinTable
 
 __all__ = ["SplicingKVConnector"]
@@ -43,9 +47,9 @@ _KEPT = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 
 @dataclass
 class _Copies(KVConnectorMetadata):  # type: ignore[misc]
-    """Blocks to copy before the next forward: (source, target) ids."""
+    """What to copy before the next forward."""
 
-    blocks: list[tuple[int, int]]
+    copies: list[BlockCopy]
 
 
 class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -61,10 +65,11 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         if kinds != [FullAttentionSpec]:
             names = ", ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"KV cache groups are {names}, expected one FullAttentionSpec")
-        self._block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
-        self._copies: list[tuple[int, int]] = []
+        self._spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self._block_size: int = self._spec.block_size
+        self._copies: list[BlockCopy] = []
         self._in_use: set[str] = set()
-        self._caches: list[torch.Tensor] = []
+        self._spent: list[str] = []
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -93,28 +98,42 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         held = min(num_computed_tokens, shared) // self._block_size
         needed = -(-request.num_tokens // self._block_size) - held
         needed += self._kv_cache_manager.watermark_blocks
-        self._pins.make_room(needed, keep={*self._in_use, *([source] if source else ())})
-        if self._pins.make_room(needed, keep=self._in_use):
+        keep = {*self._in_use, source or ""}
+        self._pins.make_room(needed, keep=keep, only_spent=True)
+        short = self._pool.get_num_free_blocks() < needed
+        if source and short and _asked(request)["last"] and source not in self._in_use:
+            # Its last, partly filled block is computed again: less than any other pin's loss. The
+            # full ones are in the prefix cache, where this request has found them.
+            self._pins.drop([source])
+        self._pins.make_room(needed, keep=keep)
+        self._pins.make_room(needed, keep=self._in_use)
+        if short:
             shared = self._shared(request)
         return max(shared - num_computed_tokens, 0), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        name = _asked(request).get("source")
+        if name is not None and _asked(request)["last"]:
+            self._spent.append(name)
         if num_external_tokens == 0:
             return
-        name = _asked(request)["source"]
+        assert name is not None
         pin, shared = self._pins.use(name), self._shared(request)
         assert pin is not None
         # Until the copy is made its blocks must not become somebody else's.
         self._in_use.add(name)
         (targets,) = blocks.get_block_ids()
         first = (shared - num_external_tokens) // self._block_size
-        last = -(-shared // self._block_size)
-        sources = [block.block_id for block in pin.blocks[first:last]]
-        self._copies += zip(sources, targets[first:last], strict=True)
+        for i in range(first, -(-shared // self._block_size)):
+            n_tokens = min(shared - i * self._block_size, self._block_size)
+            self._copies.append(BlockCopy(pin.blocks[i].block_id, targets[i], n_tokens))
 
     def build_connector_meta(self, scheduler_output: Any) -> _Copies:
         # Workers run the steps in order: from the next one on, these sources may be written.
         self._in_use.clear()
+        for name in self._spent:
+            self._pins.spend(name)
+        self._spent.clear()
         copies, self._copies = self._copies, []
         return _Copies(copies)
 
@@ -149,15 +168,21 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
     # In each worker.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self._caches = list(kv_caches.values())
+        """Choose how tokens are copied: on a GPU by a plan, where the caches' form is known.
+
+        Elsewhere whole blocks are, which is right in any layout. What a block holds behind the
+        shared tokens is written over, or masked by the length.
+        """
+        caches, num_blocks = list(kv_caches.values()), self._kv_cache_config.num_blocks
+        self._copy = copier(caches, num_blocks, self._spec.head_size) or partial(
+            _copy_blocks, caches, num_blocks
+        )
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """Copy whole blocks, which is right in any layout: K is transposed inside a CPU's block.
-
-        What a block holds behind the shared tokens is written over, or masked by the length.
-        """
-        copies = [KVCacheBlockCopy(*pair) for pair in self._get_connector_metadata().blocks]
-        copy_kv_cache_blocks_inplace(self._caches, self._kv_cache_config.num_blocks, copies)
+        """Copy on the stream of the forward that comes next."""
+        copies = self._get_connector_metadata().copies
+        if copies:
+            self._copy(copies)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """All layers are loaded before the forward."""
@@ -167,6 +192,13 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
     def wait_for_save(self) -> None:
         """See :meth:`save_kv_layer`."""
+
+
+def _copy_blocks(
+    caches: Sequence[torch.Tensor], num_blocks: int, copies: Sequence[BlockCopy]
+) -> None:
+    pairs = [KVCacheBlockCopy(copy.source, copy.target) for copy in copies]
+    copy_kv_cache_blocks_inplace(caches, num_blocks, pairs)
 
 
 def _asked(request: Any) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """KV of paused sequences, held in vLLM's block pool until somebody needs the room.
 
 The scheduler's half of :mod:`thor_fast.engines.vllm_connector`, without vLLM in it. A pin holds one
-reference to each block of a finished request, the partly filled last one included. It is soft: the
-least recently used ones give way as soon as a request would have to wait or be preempted for lack
-of blocks, and nothing but a prefill is lost with them.
+reference to each block of a finished request, the partly filled last one included. It is soft: as
+soon as a request would have to wait or be preempted for lack of blocks, those that a request has
+been resumed from give way, then the least recently used, and nothing but a prefill is lost with
+them.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ class Pin:
 
 
 class PinTable:
-    """Pins by name, least recently used first."""
+    """Pins by name, in the order in which they give way."""
 
     def __init__(self, pool: BlockPool) -> None:
         self._pool = pool
         self._pins: OrderedDict[str, Pin] = OrderedDict()
+        self._spent: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._pins)
@@ -73,12 +75,20 @@ class PinTable:
         """The pin of that name, from now on the most recently used."""
         if name in self._pins:
             self._pins.move_to_end(name)
+            self._spent.discard(name)
         return self._pins.get(name)
+
+    def spend(self, name: str) -> None:
+        """Let that pin give way before all others: what it holds has been taken over."""
+        if name in self._pins:
+            self._pins.move_to_end(name, last=False)
+            self._spent.add(name)
 
     def drop(self, names: Iterable[str]) -> None:
         """Give the blocks of these pins back; unknown names are ignored."""
         for name in names:
             pin = self._pins.pop(name, None)
+            self._spent.discard(name)
             if pin is not None:
                 # As vLLM frees a request: the tail is evicted before what it stands on.
                 self._pool.free_blocks(reversed(pin.blocks))
@@ -86,13 +96,16 @@ class PinTable:
     def clear(self) -> None:
         self.drop(list(self._pins))
 
-    def make_room(self, n_blocks: int, *, keep: Collection[str] = ()) -> bool:
-        """Drop pins outside ``keep``, the oldest first, until ``n_blocks`` are free.
+    def make_room(
+        self, n_blocks: int, *, keep: Collection[str] = (), only_spent: bool = False
+    ) -> bool:
+        """Drop pins outside ``keep``, spent and old ones first, until ``n_blocks`` are free.
 
         Whether any was dropped.
         """
         n_before = len(self._pins)
-        for name in [name for name in self._pins if name not in keep]:
+        among = [name for name in self._pins if name in self._spent or not only_spent]
+        for name in [name for name in among if name not in keep]:
             if self._pool.get_num_free_blocks() >= n_blocks:
                 break
             self.drop([name])

@@ -1,35 +1,38 @@
-"""Who may be live, and how far each may grow, so that the KV cache never has to evict one.
+"""Who may be live, and how far each may grow, so that a small KV cache is full and never overfull.
 
 A live trajectory holds a *grant*: the blocks of KV it may fill. It is asked for before each engine
-call, and what is granted caps that call. The sum of all grants never exceeds the pool, so nobody is
-evicted because too many are live, whatever their lengths turn out to be.
+call, and what is granted caps that call. The sum of all grants never exceeds the pool, so the
+engine has no reason to evict anybody, whatever their lengths turn out to be.
 
-How much to grant. The only bound on what a trajectory will need is ``max_response_tokens``, and
-most end far below it: with grants of that size the pool would stand mostly empty. So a trajectory
-starts with what half of those that ended have needed (a quarter of the bound while fewer than eight
-have), and asks for more where that is not enough. If there is no more it waits, keeping its KV,
-until another one ends. A wrong guess costs time and never an eviction: too high admits few, too low
-has many wait for each other with the pool full of half-finished ones. Steps of the tiny policy over
-128 episodes, in a pool of a third of what they would hold: 784 with nine in ten in the place of
-half, 560 with half, 550 with a quarter, which takes 6 % more engine calls than half does.
+Whom to admit. The only bound on what a trajectory will need is ``max_response_tokens``, and most
+end far below it. So one more is admitted if the pool is thought to hold all of them at every moment
+to come: each grows to what half of those needed that came as far as it has, all at the same pace,
+and gives its room back there (LightLLM's "past-future" scheduling does so with running requests).
+While fewer than eight have ended, a sixteenth of the bound is assumed.
 
-More than half's need is granted where the pool has room for it: with twice as many live as the
-engine decodes at a time, some may pause and its batch is full all the same, so that nobody gains by
-a smaller first grant, and each raise saved is an engine call saved.
+How much to grant. What is granted and not filled is lost to the others, so a grant reaches a
+quarter of the usual length further, and is raised when it is used up; a raise costs one more engine
+call, with one token of prefill, unless a call ends there anyway. Where the pool has room for it,
+more is granted: with twice as many live as the engine decodes at a time, some may pause and its
+batch is full all the same.
 
-Why nobody waits for ever. One of them, the longest live, is always granted what it asks for: as
-many blocks as it may still need stay free of other grants. When it ends they go to the next one in
-line, which is enough, since that one needs at most ``max_response_tokens`` beyond what it holds
-already. (This is the banker's algorithm with one kind of resource, where serving in the order of
-admission is always safe.)
+If there is no more to grant, a trajectory waits, keeping its KV, and nobody is admitted meanwhile.
+Once more of them wait than go on, the youngest that waits has its KV forgotten by us and its grant
+taken back, for those in line before it; it is prefilled when there is room for it again. So a wrong
+guess costs some prefill. Nobody waits for ever: when all wait, this leaves in the end one alone,
+the longest live of those that wait, which gets what it asks for; every grant is good for a token at
+least; and newcomers come after all of them.
+
+Why nothing is kept free for the worst case is in ``docs/decisions/0017-grants-of-kv.md``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import statistics
+from bisect import bisect_right
 from collections import deque
-from collections.abc import MutableSequence
+from collections.abc import Awaitable, Callable, MutableSequence
 from dataclasses import dataclass, field
 
 from thor_fast.engines.base import KVBudget
@@ -37,24 +40,33 @@ from thor_fast.engines.base import KVBudget
 __all__ = ["Admission", "Allowance"]
 
 _FEWEST_LENGTHS = 8
-_FIRST_SHARE = 4  # of the bound, before that
+_FIRST_SHARE = 16  # of the bound, before that
 _LIVE_PER_RUNNING = 2
+_RAISES = 4  # for a trajectory of the usual length
 # Each time a grant is raised costs an engine call with one token of prefill.
-_SMALLEST_RAISE_TOKENS = 64
+_SMALLEST_RAISE_TOKENS = 32
+
+
+async def _nothing_held() -> None:
+    """Before the first engine call there is no KV to forget."""
 
 
 @dataclass(slots=True, eq=False)
 class Allowance:
     """What one trajectory may use, in blocks: ``granted`` now, ``most`` ever.
 
-    ``n_start``: tokens it began with. ``wanted``: tokens, while it waits for a higher grant.
-    ``decided``: set with the next grant.
+    ``n_start``: tokens it began with; ``n_tokens``: those it had when it last asked. ``wanted``:
+    tokens, while it waits for a higher grant. ``forget``: has the engine let go of its KV.
+    ``revoked``: the grant is about to be taken back. ``decided``: set with the next grant, or then.
     """
 
     n_start: int
     most: int
+    n_tokens: int
     granted: int = 0
     wanted: int = 0
+    forget: Callable[[], Awaitable[None]] = _nothing_held
+    revoked: bool = False
     decided: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -91,7 +103,7 @@ class Admission:
         It begins with ``n_start`` tokens, ``n_response`` of which count as growth already.
         """
         most = max(min(n_start + self._growth - n_response, self._max_context), n_start + 1)
-        allowance = Allowance(n_start, self._blocks(most))
+        allowance = Allowance(n_start, self._blocks(most), n_start)
         self._entering.append(allowance)
         self._share_out()
         try:
@@ -102,12 +114,19 @@ class Admission:
         return allowance
 
     async def room(self, allowance: Allowance, n_tokens: int) -> int:
-        """How many tokens may follow its first ``n_tokens``; waits until it is at least one."""
+        """How many tokens may follow its first ``n_tokens``; waits until it is at least one.
+
+        Its KV may be forgotten meanwhile.
+        """
+        allowance.n_tokens = n_tokens
+        self._top_up(allowance)
         if allowance.granted * self._block <= n_tokens:
-            allowance.wanted = n_tokens + 1
-            allowance.decided.clear()
-            self._share_out()
-            await allowance.decided.wait()
+            await self._ask(allowance)
+            while allowance.revoked:
+                # Forgotten before anybody else may use the room.
+                await allowance.forget()
+                allowance.granted, allowance.revoked = 0, False
+                await self._ask(allowance)
         return allowance.granted * self._block - n_tokens
 
     def leave(self, allowance: Allowance, n_tokens: int | None = None) -> None:
@@ -127,41 +146,99 @@ class Admission:
             return max(self._growth // _FIRST_SHARE, 1)
         return statistics.median_high(self._lengths)
 
+    def _top_up(self, allowance: Allowance) -> None:
+        """Raise a grant of which little is left, if nobody waits: here a call has ended anyway."""
+        little = self._step // 2
+        left = allowance.granted * self._block - allowance.n_tokens
+        more = min(self._blocks(allowance.n_tokens + little), allowance.most) - allowance.granted
+        if left < 1 or more < 1 or any(other.wanted for other in self._live):
+            return
+        if self._fits(allowance, more):
+            _grant(allowance, more)
+
+    @property
+    def _step(self) -> int:
+        """Tokens by which a grant is raised."""
+        return max(_SMALLEST_RAISE_TOKENS, self.expected_growth // _RAISES)
+
+    async def _ask(self, allowance: Allowance) -> None:
+        allowance.wanted = allowance.n_tokens + 1
+        allowance.decided.clear()
+        self._share_out()
+        await allowance.decided.wait()
+
     def _blocks(self, tokens: int) -> int:
         return -(-tokens // self._block)
 
     def _share_out(self) -> None:
-        """Raise grants, then admit, as far as the pool goes."""
+        """Raise grants, take one back if too many wait, then admit, as far as the pool goes."""
+        step = self._step
         for allowance in self._live:
-            if allowance.wanted:
-                self._raise(allowance)
-        # Newcomers would take what those who wait are waiting for.
-        waiting = any(allowance.wanted for allowance in self._live)
-        while self._entering and not waiting and len(self._live) < self._max_live:
+            if allowance.wanted and not allowance.revoked:
+                self._raise(allowance, self._blocks(step))
+        waiting = [allowance for allowance in self._live if allowance.wanted]
+        if waiting:
+            # Newcomers would take what those who wait are waiting for.
+            self._revoke(waiting)
+            return
+        while self._entering and len(self._live) < self._max_live:
             newcomer = self._entering[0]
             blocks = newcomer.most
             if self._max_live * blocks > self._pool:
-                usual = self._blocks(newcomer.n_start + self.expected_growth + 1)
-                blocks = min(blocks, max(usual, self._ample))
+                if self._live and not self._will_fit(newcomer):
+                    break
+                blocks = min(blocks, max(self._blocks(newcomer.n_start + step), self._ample))
             if not self._fits(newcomer, blocks):
                 break
             self._live.append(self._entering.popleft())
             _grant(newcomer, blocks)
 
-    def _raise(self, allowance: Allowance) -> None:
-        step = self._blocks(max(_SMALLEST_RAISE_TOKENS, self.expected_growth // 4))
+    def _raise(self, allowance: Allowance, step: int) -> None:
         blocks = max(self._blocks(allowance.wanted), allowance.granted + step)
+        least = self._blocks(allowance.wanted) - allowance.granted
         more = min(blocks, allowance.most) - allowance.granted
-        if self._fits(allowance, more):
-            _grant(allowance, more)
+        for n_blocks in (more, least):
+            if self._fits(allowance, n_blocks):
+                _grant(allowance, n_blocks)
+                return
 
     def _fits(self, allowance: Allowance, blocks: int) -> bool:
-        """Whether ``blocks`` more leave enough for the longest live one. That one always fits."""
-        if not self._live or self._live[0] is allowance:
-            return True
-        oldest = self._live[0]
-        granted = sum(other.granted for other in self._live)
-        return granted + blocks + oldest.most - oldest.granted <= self._pool
+        """Whether there are so many more. For one that alone holds any there always are."""
+        others = sum(other.granted for other in self._live if other is not allowance)
+        return others == 0 or others + allowance.granted + blocks <= self._pool
+
+    def _revoke(self, waiting: list[Allowance]) -> None:
+        """Of those that wait, in the order of admission: the last that holds any, for the first."""
+        if any(allowance.revoked for allowance in waiting):
+            return
+        holders = [allowance for allowance in waiting[1:] if allowance.granted]
+        if holders and 2 * len(waiting) > len(self._live):
+            holders[-1].revoked = True
+            holders[-1].decided.set()
+
+    def _will_fit(self, newcomer: Allowance) -> bool:
+        """Whether the pool is thought to hold the live ones and this one until they end."""
+        known = sorted(self._lengths) if len(self._lengths) >= _FEWEST_LENGTHS else []
+        plans = sorted(
+            ((self._left(a, known), a.n_tokens) for a in [*self._live, newcomer]), reverse=True
+        )
+        tokens = 0
+        for n_live, (left, n_tokens) in enumerate(plans, 1):
+            # When this one ends, those before it are still there, and half of each last block.
+            tokens += n_tokens
+            if tokens + n_live * (left + self._block / 2) > self._pool * self._block:
+                return False
+        return True
+
+    def _left(self, allowance: Allowance, known: list[int]) -> int:
+        """Tokens it is thought to add yet; ``known``: lengths of others, ascending, or none."""
+        grown = allowance.n_tokens - allowance.n_start
+        if not known:
+            return max(self.expected_growth - grown, self._block)
+        first_longer = bisect_right(known, grown)
+        if first_longer == len(known):
+            return self._block
+        return known[(first_longer + len(known)) // 2] - grown
 
 
 def _grant(allowance: Allowance, blocks: int) -> None:

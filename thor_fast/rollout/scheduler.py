@@ -205,6 +205,7 @@ class RolloutScheduler:
         room: Room = partial(run.admission.room, allowance)
         try:
             async with group.session(f"{run.name}/{group.index}/{sample}", room) as (name, room):
+                allowance.forget = partial(self._engine.release, name)
                 trajectory = await self._run(group, sample, name, room)
             stop = trajectory.stop_reason
             if stop is not None and not stop.is_infrastructure:
