@@ -73,15 +73,16 @@ class Meter:
                 self.tool_s += time.perf_counter() - started
 
     def took(
-        self, request: GenerateRequest, n_before: int, chunk: TokenChunk, budget: KVBudget
+        self, request: GenerateRequest, n_before: int, chunk: TokenChunk, engine: Engine
     ) -> None:
         """Count a chunk that follows ``n_before`` tokens of the same call."""
         start = len(request.token_ids) + n_before
         self.sampled.setdefault(request.session, []).extend(enumerate(chunk.token_ids, start))
         self.sampled_tokens += len(chunk.token_ids)
-        self.most_live_tokens = max(self.most_live_tokens, budget.live_tokens)
         if n_before == 0:
             self.engine_calls += 1
+            budget = engine.kv_budget  # counted by the engine then, so not for every chunk
+            self.most_live_tokens = max(self.most_live_tokens, budget.live_tokens)
             known = self._lengths.get(request.session)
             least = start if known is None else start - known + 1
             self.least_prefill_tokens += least
@@ -137,7 +138,7 @@ class MeteredEngine:
         with self._meter.decoding():
             async with aclosing(stream):
                 async for chunk in stream:
-                    self._meter.took(request, n_before, chunk, self._engine.kv_budget)
+                    self._meter.took(request, n_before, chunk, self._engine)
                     n_before += len(chunk.token_ids)
                     yield chunk
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,10 @@ class Rollouts:
         }
         # Nothing is found in the prefix cache that another run has left there.
         await self._setup.engine.update_weights(self._setup.engine.weight_version + 1)
+        # Nor does Python's collector look through all that was there before, for a quarter of a
+        # second, in the middle of whichever run it likes.
+        gc.collect()
+        gc.freeze()
         return await runs[mode](tasks, update)
 
     async def _resubmit(self, tasks: Sequence[Task], update: Update) -> Result:

@@ -218,10 +218,13 @@ class Admission:
 
     def _will_fit(self, newcomer: Allowance) -> bool:
         """Whether the pool is thought to hold the live ones and this one until they end."""
+        together = [*self._live, newcomer]
         known = sorted(self._lengths) if len(self._lengths) >= _FEWEST_LENGTHS else []
-        plans = sorted(
-            ((self._left(a, known), a.n_tokens) for a in [*self._live, newcomer]), reverse=True
-        )
+        # The usual case, a pool with room for all at their longest, takes no more than this.
+        longest = max(a.n_start for a in together) + max(known, default=self.expected_growth)
+        if len(together) * self._blocks(longest + self._block) <= self._pool:
+            return True
+        plans = sorted(((self._left(a, known), a.n_tokens) for a in together), reverse=True)
         tokens = 0
         for n_live, (left, n_tokens) in enumerate(plans, 1):
             # When this one ends, those before it are still there, and half of each last block.

@@ -28,6 +28,7 @@ class SnippetMemo:
 
     def __init__(self) -> None:
         self._runs: dict[str, asyncio.Future[ExecutionResult | None]] = {}
+        self._pure: dict[str, bool] = {}
 
     async def run(
         self, request: ExecutionRequest, execute: Callable[[], Awaitable[ExecutionResult]]
@@ -40,8 +41,10 @@ class SnippetMemo:
         known = self._runs.get(key)
         if known is None:
             return await self._first(key, execute), False
-        # Judged only now, since most snippets come once.
-        if is_pure(request.code):
+        # Judged only now, since many snippets come once.
+        if key not in self._pure:
+            self._pure[key] = is_pure(request.code)
+        if self._pure[key]:
             await asyncio.wait([known])
             result = known.result()
             if result is not None:
