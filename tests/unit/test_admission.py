@@ -40,9 +40,9 @@ def admission(
     )
 
 
-async def enter(shared: Admission, n_prompt: int) -> Allowance | None:
+async def enter(shared: Admission, n_prompt: int, group: int | None = None) -> Allowance | None:
     """``None`` if it has to wait."""
-    task = asyncio.create_task(shared.enter(n_prompt))
+    task = asyncio.create_task(shared.enter(n_prompt, group=group))
     await asyncio.sleep(0)
     if task.done():
         return task.result()
@@ -64,6 +64,25 @@ async def test_a_pool_with_room_for_all_grants_everything_at_once() -> None:
     assert (one.granted, one.most) == (2, 2)
     assert await shared.room(one, 10) == 22
     assert await n_live(shared) == 1  # with that, as many as max_live allows
+
+
+async def test_full_blocks_of_a_prompt_count_once_for_its_group() -> None:
+    def pool() -> Admission:
+        return admission(16 * 10, block=16, lengths=[16] * 8, growth=16)
+
+    # Prompts of 33 tokens and grants of 4 blocks, 2 of which a group holds together.
+    alone, different = pool(), pool()
+    assert await n_live(alone, 33) == 10 // 4
+    groups = [await enter(different, 33, group) for group in range(3)]
+    assert [allowance is not None for allowance in groups] == [True, True, False]
+    same = pool()
+    siblings = [await enter(same, 33, 0) for _ in range(5)]
+    assert [allowance is not None for allowance in siblings] == [True] * 4 + [False]
+    # As long as one of them is there, so is what they share.
+    assert siblings[0] is not None
+    same.leave(siblings[0])
+    assert await enter(same, 33, 0) is not None
+    assert await enter(same, 33, 0) is None
 
 
 async def test_what_an_episode_begins_with_may_count_as_growth() -> None:

@@ -106,12 +106,16 @@ class TokenChunk:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine can do. ``max_context``: prompt + response tokens of one sequence."""
+    """What an engine can do. ``max_context``: prompt + response tokens of one sequence.
+
+    ``prefix_cache``: full blocks of equal beginnings are held once, whoever has them.
+    """
 
     max_context: int
     watch: bool
     native_fork: bool
     native_truncate: bool
+    prefix_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,11 @@ class PagedEngine:
     @property
     def capabilities(self) -> Capabilities:
         return Capabilities(
-            max_context=self._max_context, watch=True, native_fork=True, native_truncate=True
+            max_context=self._max_context,
+            watch=True,
+            native_fork=True,
+            native_truncate=True,
+            prefix_cache=True,
         )
 
     @property

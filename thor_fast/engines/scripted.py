@@ -162,9 +162,10 @@ class ScriptedEngine:
         self._get(session, at_token).rewind(at_token)
 
     async def release(self, session: str) -> None:
-        if session in self._sessions:
-            self._released[session] = self._sessions.pop(session)
-            self._released[session].held = 0
+        known = self._sessions.pop(session, None)
+        if known is not None and len(known.played) < len(known.script.token_ids):
+            known.held = 0
+            self._released[session] = known
 
     async def update_weights(self, version: int) -> None:
         if version <= self._version:

@@ -180,6 +180,7 @@ class VLLMEngine:
             watch=False,
             native_fork=self._splice_kv,
             native_truncate=self._splice_kv,
+            prefix_cache=True,
         )
 
     @property

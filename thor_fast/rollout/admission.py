@@ -2,7 +2,8 @@
 
 A live trajectory holds a *grant*: the blocks of KV it may fill. It is asked for before each engine
 call, and what is granted caps that call. The sum of all grants never exceeds the pool, so the
-engine has no reason to evict anybody, whatever their lengths turn out to be.
+engine has no reason to evict anybody, whatever their lengths turn out to be. Where the engine has a
+prefix cache, full blocks of a prompt count once for all live samples of its group.
 
 Whom to admit. The only bound on what a trajectory will need is ``max_response_tokens``, and most
 end far below it. So one more is admitted if the pool is thought to hold all of them at every moment
@@ -32,7 +33,7 @@ import asyncio
 import statistics
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableSequence
+from collections.abc import Awaitable, Callable, Iterable, MutableSequence
 from dataclasses import dataclass, field
 
 from thor_fast.engines.base import KVBudget
@@ -55,14 +56,17 @@ async def _nothing_held() -> None:
 class Allowance:
     """What one trajectory may use, in blocks: ``granted`` now, ``most`` ever.
 
-    ``n_start``: tokens it began with; ``n_tokens``: those it had when it last asked. ``wanted``:
-    tokens, while it waits for a higher grant. ``forget``: has the engine let go of its KV.
+    ``n_start``: tokens it began with; ``n_tokens``: those it had when it last asked. ``shared``:
+    blocks that the live ones of its ``group`` hold together. ``wanted``: tokens, while it waits for
+    a higher grant. ``forget``: has the engine let go of its KV.
     ``revoked``: the grant is about to be taken back. ``decided``: set with the next grant, or then.
     """
 
     n_start: int
     most: int
     n_tokens: int
+    group: int | None = None
+    shared: int = 0
     granted: int = 0
     wanted: int = 0
     forget: Callable[[], Awaitable[None]] = _nothing_held
@@ -97,13 +101,19 @@ class Admission:
         self._live: list[Allowance] = []  # in the order of admission
         self._entering: deque[Allowance] = deque()
 
-    async def enter(self, n_start: int, n_response: int = 0) -> Allowance:
+    async def enter(
+        self, n_start: int, n_response: int = 0, *, group: int | None = None
+    ) -> Allowance:
         """Wait, first come, first served, until one more trajectory may be live.
 
         It begins with ``n_start`` tokens, ``n_response`` of which count as growth already.
+        ``group``: of those that begin with the same tokens, if the engine holds these once.
         """
         most = max(min(n_start + self._growth - n_response, self._max_context), n_start + 1)
         allowance = Allowance(n_start, self._blocks(most), n_start)
+        if group is not None:
+            # Full blocks only; the one with the last token, which is computed anew, is not.
+            allowance.group, allowance.shared = group, (n_start - 1) // self._block
         self._entering.append(allowance)
         self._share_out()
         try:
@@ -204,8 +214,9 @@ class Admission:
 
     def _fits(self, allowance: Allowance, blocks: int) -> bool:
         """Whether there are so many more. For one that alone holds any there always are."""
-        others = sum(other.granted for other in self._live if other is not allowance)
-        return others == 0 or others + allowance.granted + blocks <= self._pool
+        others = [other for other in self._live if other.granted and other is not allowance]
+        held = allowance.granted + blocks + sum(other.granted for other in others)
+        return not others or held - _saved([allowance, *others]) <= self._pool
 
     def _revoke(self, waiting: list[Allowance]) -> None:
         """Of those that wait, in the order of admission: the last that holds any, for the first."""
@@ -225,7 +236,7 @@ class Admission:
         if len(together) * self._blocks(longest + self._block) <= self._pool:
             return True
         plans = sorted(((self._left(a, known), a.n_tokens) for a in together), reverse=True)
-        tokens = 0
+        tokens = -_saved(together) * self._block
         for n_live, (left, n_tokens) in enumerate(plans, 1):
             # When this one ends, those before it are still there, and half of each last block.
             tokens += n_tokens
@@ -242,6 +253,17 @@ class Admission:
         if first_longer == len(known):
             return self._block
         return known[(first_longer + len(known)) // 2] - grown
+
+
+def _saved(allowances: Iterable[Allowance]) -> int:
+    """Blocks that are counted more than once in what these hold."""
+    seen: set[int | None] = set()
+    saved = 0
+    for allowance in allowances:
+        if allowance.group in seen:
+            saved += allowance.shared
+        seen.add(allowance.group)
+    return saved
 
 
 def _grant(allowance: Allowance, blocks: int) -> None:

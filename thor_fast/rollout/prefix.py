@@ -9,10 +9,9 @@ Who waits for whom::
     generates on                 <-- fork(first, at prefix) - goes on from there, one token to
                                                               compute
 
-A holder of the prefix is whoever is live and has it, so nothing is kept for its sake: admission
-counts every sample as if it shared nothing. Where no holder is left, the next one computes it again
-(or finds it in the engine's prefix cache). Capping the first call at one token changes no token and
-costs one call, not one more step.
+A holder of the prefix is whoever is live and has it, so nothing is kept for its sake. Where no
+holder is left, the next one computes it again (or finds it in the engine's prefix cache). Capping
+the first call at one token changes no token and costs one call, not one more step.
 """
 
 from __future__ import annotations

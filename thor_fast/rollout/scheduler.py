@@ -188,6 +188,7 @@ class RolloutScheduler:
 
     async def _dispatch(self, run: _Run) -> None:
         """Start each episode when there is room; ends when all have, or at the first error."""
+        shares = self._engine.capabilities.prefix_cache
         async with asyncio.TaskGroup() as tasks:
             for index, prompt in enumerate(run.prompts):
                 n_response = 0 if prompt.start is None else len(prompt.start.response_ids)
@@ -196,7 +197,9 @@ class RolloutScheduler:
                 if prompt.start is not None and self._engine.capabilities.native_fork:
                     group.prefix = SharedPrefix(self._engine, n_start)
                 for sample in range(self._group_size):
-                    allowance = await run.admission.enter(n_start, n_response)
+                    allowance = await run.admission.enter(
+                        n_start, n_response, group=index if shares else None
+                    )
                     tasks.create_task(self._episode(run, group, sample, allowance))
 
     async def _episode(self, run: _Run, group: _Group, sample: int, allowance: Allowance) -> None:
