@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     setup = build(args, tasks)
     with setup.sandbox, setup.fresh:
         results = asyncio.run(measure(setup, tasks, modes, args.repeats))
-    params = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    params = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     del params["output"]
     metrics = {mode: [asdict(run) for run in runs] for mode, runs in results.items()}
     append_record(args.output, "rollout_throughput", params, metrics)

@@ -24,7 +24,7 @@ guess costs some prefill. Nobody waits for ever: when all wait, this leaves in t
 the longest live of those that wait, which gets what it asks for; every grant is good for a token at
 least; and newcomers come after all of them.
 
-Why nothing is kept free for the worst case is in ``docs/decisions/0017-grants-of-kv.md``.
+Why nothing is kept free for the worst case is in ``docs/decisions/0025-nothing-kept-free.md``.
 """
 
 from __future__ import annotations
