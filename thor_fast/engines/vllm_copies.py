@@ -17,10 +17,9 @@ import numpy as np
 import torch
 
 from thor_fast.kernels import KVView, SplicePlan, splice
+from thor_fast.kernels.paged_kv_splice_plan import PLAIN
 
 __all__ = ["BlockCopy", "copier", "tail_plan"]
-
-_PLAIN = -1  # rot_id of keys that stay as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,5 +68,5 @@ def tail_plan(copies: Sequence[BlockCopy], block_size: int, kernel_block_size: i
         for start in range(0, copy.tokens, kernel_block_size):
             tokens = min(kernel_block_size, copy.tokens - start)
             source, target = (block * block_size + start for block in (copy.source, copy.target))
-            segments.append((source, target, tokens, _PLAIN))
+            segments.append((source, target, tokens, PLAIN))
     return SplicePlan(np.array(segments, np.int32).reshape(-1, 4), kernel_block_size)
