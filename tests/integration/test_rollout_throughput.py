@@ -98,16 +98,18 @@ def test_default_engine_and_sandbox_in_all_modes(tmp_path: Path) -> None:
         assert free["tool_calls"] == 0
 
 
-def test_a_small_pool_evicts_nothing_of_ours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group_size", ["1", "8"])
+def test_a_small_pool_evicts_nothing_of_ours(tmp_path: Path, group_size: str) -> None:
     output = tmp_path / "results.jsonl"
     done = run(
-        *("--mode", "ours", "--episodes", "16", "--group-size", "1", "--repeats", "1"),
-        *("--kv-tokens", "640"),
-        *("--max-context", "256", "--output", str(output)),
+        *("--mode", "ours", "--episodes", "16", "--group-size", group_size, "--repeats", "1"),
+        *("--kv-tokens", "640", "--max-context", "256", "--output", str(output)),
     )
     assert done.returncode == 0, done.stderr
     (ours,) = record(output)["metrics"]["ours"]
-    assert ours["evictions"] == ours["calls_evicted"] == 0
+    assert ours["evictions"] == 0
+    # Given up by us, where too many wait.
+    assert ours["calls_evicted"] <= 2
     assert ours["most_live_tokens"] <= 640
     assert ours["prefill_tokens"] <= ours["least_prefill_tokens"]
 
