@@ -108,10 +108,9 @@ def test_a_small_pool_evicts_nothing_of_ours(tmp_path: Path, group_size: str) ->
     assert done.returncode == 0, done.stderr
     (ours,) = record(output)["metrics"]["ours"]
     assert ours["evictions"] == 0
-    # Given up by us, where too many wait.
-    assert ours["calls_evicted"] <= 2
-    assert ours["most_live_tokens"] <= 640
-    assert ours["prefill_tokens"] <= ours["least_prefill_tokens"]
+    assert 320 < ours["most_live_tokens"] <= 640
+    # Some give theirs up, where too many wait.
+    assert ours["calls_evicted"] <= ours["engine_calls"] // 8
 
 
 def test_scripted_engine_is_exact_and_asked_less_often_without_the_barrier(tmp_path: Path) -> None:
