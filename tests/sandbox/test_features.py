@@ -31,8 +31,16 @@ def shared() -> Iterator[NativeSandbox]:
 def sandbox(shared: NativeSandbox) -> Iterator[NativeSandbox]:
     yield shared
     assert shared.execute("print('alive')").stdout == "alive\n"
-    stats = shared.stats()
-    assert (stats["queued"], stats["running"], stats["dialogues"]) == (0, 0, 0)
+    # A cancelled one is told so before it has been killed.
+    deadline = time.monotonic() + 10
+    while (busy := _busy(shared)) != (0, 0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert busy == (0, 0, 0)
+
+
+def _busy(box: NativeSandbox) -> tuple[int, int, int]:
+    stats = box.stats()
+    return stats["queued"], stats["running"], stats["dialogues"]
 
 
 @pytest.fixture
