@@ -33,14 +33,10 @@ class FreshInterpreters(FusionSandbox):
         self._folder = tempfile.TemporaryDirectory()
         try:
             venv.create(self._folder.name, symlinks=True)
-            self._process = _start(Path(self._folder.name) / "bin" / "python")
-            assert self._process.stdout is not None
-            port = self._process.stdout.readline().strip()
+            self._process, port = _start(Path(self._folder.name) / "bin" / "python")
         except BaseException:
             self._folder.cleanup()
             raise
-        if not port:
-            raise SandboxError("the server for fresh interpreters did not start")
         super().__init__(f"http://127.0.0.1:{port}", concurrency=_REQUESTS)
 
     def close(self) -> None:
@@ -50,11 +46,17 @@ class FreshInterpreters(FusionSandbox):
         self._folder.cleanup()
 
 
-def _start(python: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+def _start(python: Path) -> tuple[subprocess.Popen[str], str]:
+    """The server and its port."""
+    process = subprocess.Popen(
         [python, _SERVER, python],
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": sysconfig.get_path("purelib")},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
+    port = process.stdout.readline().strip()
+    if not port:
+        raise SandboxError("the server for fresh interpreters did not start")
+    return process, port

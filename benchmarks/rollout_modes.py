@@ -69,7 +69,7 @@ class Rollouts:
 
     async def run(self, mode: str, tasks: Sequence[Task], update: Update) -> Result:
         runs: Mapping[str, Callable[[Sequence[Task], Update], Awaitable[Result]]] = {
-            "barrier": partial(self._barrier, self._setup.fresh),
+            "barrier": self._fresh_barrier,
             "barrier-loop": partial(self._barrier, self._setup.sandbox),
             "resubmit": self._resubmit,
             "ours": self._ours,
@@ -109,6 +109,10 @@ class Rollouts:
         return await self._schedule(
             meter, self._setup.engine, sandbox, tasks, update, memo=self._setup.memo
         )
+
+    async def _fresh_barrier(self, tasks: Sequence[Task], update: Update) -> Result:
+        with self._setup.fresh() as sandbox:
+            return await self._barrier(sandbox, tasks, update)
 
     async def _barrier(self, sandbox: Sandbox, tasks: Sequence[Task], update: Update) -> Result:
         """All episodes in rounds, text in between, eight snippets at a time."""

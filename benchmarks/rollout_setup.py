@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,13 +38,14 @@ _INSTRUCTION = (
 class Setup:
     """Everything a run needs but the choice of mode.
 
-    ``fresh``: a new interpreter per snippet, for the mode that is THOR's way in this, too.
+    ``fresh`` starts a sandbox with a new interpreter per snippet, for the mode that is THOR's way
+    in this, too.
     ``memo``: whether equal snippets of a group may run once.
     """
 
     engine: Engine
     sandbox: Sandbox
-    fresh: Sandbox
+    fresh: Callable[[], PreparedSandbox]
     tokenizer: Any
     limits: RolloutLimits
     eos_token_ids: frozenset[int]
@@ -112,7 +113,7 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
     return Setup(
         engine=engine,
         sandbox=_sandbox(args.sandbox, args.tools),
-        fresh=_sandbox("fresh", args.tools),
+        fresh=partial(_fresh, args.tools),
         tokenizer=tokenizer,
         limits=RolloutLimits(max_response_tokens=args.max_context, max_tool_calls=_MAX_TOOL_CALLS),
         eos_token_ids=frozenset({tokenizer.eos_token_id}),
@@ -151,15 +152,18 @@ def _vllm_pool(kv_tokens: int | None) -> dict[str, int]:
 
 def _sandbox(name: str, tools: str) -> Sandbox:
     """Warm for what its snippets will import."""
-    prepare = TOOLS[tools]
     if name == "fresh":
-        return PreparedSandbox(FreshInterpreters(), prepare)
+        return _fresh(tools)
     from thor_fast.sandbox import NativeSandbox
 
     native = NativeSandbox(slots=WAITING_SLOTS if tools == "slow" else None)
     imports = ("import math", "import sympy") if tools in ("mixed", "sympy") else ("import math",)
     native.warm_up(*(native.tiers[choose_tier(line, native.tiers)].name for line in imports))
-    return PreparedStreams(native, prepare)
+    return PreparedStreams(native, TOOLS[tools])
+
+
+def _fresh(tools: str) -> PreparedSandbox:
+    return PreparedSandbox(FreshInterpreters(), TOOLS[tools])
 
 
 def _has_template(tokenizer: Any) -> bool:

@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
         flush=True,
     )
     setup = build(args, tasks)
-    with setup.sandbox, setup.fresh:
+    with setup.sandbox:
         results = asyncio.run(measure(setup, tasks, modes, args.repeats))
     params = {k: v.name if isinstance(v, Path) else v for k, v in vars(args).items()}
     del params["output"]

@@ -16,6 +16,7 @@ import torch
 
 from thor_fast.engines import vllm_start
 from thor_fast.engines.base import FinishReason, GenerateRequest, KVBudget, SamplingParams
+from thor_fast.engines.tail_copies import TailCopy
 from thor_fast.engines.vllm import VLLMEngine
 from thor_fast.errors import EngineError
 
@@ -224,7 +225,7 @@ def test_the_workers_half_copies_what_the_schedulers_half_says(monkeypatch, by_p
     connector._kv_cache_config = SimpleNamespace(num_blocks=6)
     connector._spec = SimpleNamespace(head_size=4)
     connector.register_kv_caches(layers)
-    copies = [vllm_copies.BlockCopy(0, 3, 8), vllm_copies.BlockCopy(1, 4, 5)]
+    copies = [TailCopy(0, 3, 8), TailCopy(1, 4, 5)]
     connector.bind_connector_metadata(vllm_connector._Copies(copies))
     connector.start_load_kv(None)
     for name, layer in layers.items():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from thor_fast.engines import vllm_copies
-from thor_fast.engines.vllm_copies import BlockCopy, copier, tail_plan
+from thor_fast.engines.tail_copies import TailCopy, tail_plan
+from thor_fast.engines.vllm_copies import copier
 from thor_fast.kernels import KVView
 
 LAYERS, BLOCKS, HEADS, WIDTH = 3, 6, 2, 4
@@ -40,6 +41,17 @@ def by_token(layers: list[torch.Tensor], per_block: int) -> torch.Tensor:
     return stacked.reshape(LAYERS, BLOCKS, BLOCK, HEADS, 2 * WIDTH).clone()
 
 
+def copied(layers: list[torch.Tensor], per_block: int, copies: list[TailCopy]) -> None:
+    """Copy; nothing but the shared tokens has changed."""
+    expected = by_token(layers, per_block)
+    for copy in copies:
+        expected[:, copy.target, : copy.tokens] = expected[:, copy.source, : copy.tokens]
+    run = copier(layers, BLOCKS, WIDTH)
+    assert run is not None
+    run(copies)
+    assert torch.equal(by_token(layers, per_block), expected)
+
+
 @pytest.fixture
 def as_on_a_gpu(monkeypatch) -> None:
     """A CPU's tensors in a GPU's layout."""
@@ -55,23 +67,15 @@ def as_on_a_gpu(monkeypatch) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_shared_tokens_are_copied_and_nothing_else(as_on_a_gpu, layout, per_block) -> None:
     layers = caches(layout, per_block)
-    expected = by_token(layers, per_block)
-    copies = [BlockCopy(0, 3, BLOCK), BlockCopy(1, 5, 3), BlockCopy(1, 2, 7)]
-    for copy in copies:
-        expected[:, copy.target, : copy.tokens] = expected[:, copy.source, : copy.tokens]
-    run = copier(layers, BLOCKS, WIDTH)
-    assert run is not None
-    run(copies)
-    assert torch.equal(by_token(layers, per_block), expected)
-    run([])
-    assert torch.equal(by_token(layers, per_block), expected)
+    copied(layers, per_block, [TailCopy(0, 3, BLOCK), TailCopy(1, 5, 3), TailCopy(1, 2, 7)])
+    copied(layers, per_block, [])
 
 
 def test_layers_that_share_their_kv_are_copied_once(as_on_a_gpu) -> None:
     layers = caches("LBHNC", 1)
     run = copier([*layers, layers[0]], BLOCKS, WIDTH)
     assert run is not None
-    run([BlockCopy(0, 1, 5)])
+    run([TailCopy(0, 1, 5)])
     got = by_token(layers, 1)
     assert torch.equal(got[:, 1, :5], got[:, 0, :5])
 
@@ -94,7 +98,7 @@ def test_caches_of_another_form_are_copied_by_the_block(as_on_a_gpu, layers) -> 
 
 
 def test_a_plan_has_a_segment_per_kernel_block() -> None:
-    plan = tail_plan([BlockCopy(2, 5, 19)], 32, 8)
+    plan = tail_plan([TailCopy(2, 5, 19)], 32, 8)
     assert plan.segments[:, :3].tolist() == [[64, 160, 8], [72, 168, 8], [80, 176, 3]]
     assert not plan.rotates
 
@@ -102,7 +106,7 @@ def test_a_plan_has_a_segment_per_kernel_block() -> None:
 @pytest.mark.parametrize("tokens", [0, 33])
 def test_more_tokens_than_a_block_holds(tokens) -> None:
     with pytest.raises(ValueError, match=f"has {tokens} tokens, expected 1 to 32"):
-        tail_plan([BlockCopy(0, 1, tokens)], 32, 8)
+        tail_plan([TailCopy(0, 1, tokens)], 32, 8)
 
 
 @pytest.mark.gpu
@@ -111,13 +115,7 @@ def test_more_tokens_than_a_block_holds(tokens) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_on_a_gpu_the_kernel_copies_the_same_bytes(layout, per_block) -> None:
     layers = caches(layout, per_block, "cuda")
-    expected = by_token(layers, per_block)
     rng = random.Random(0)
     targets = [1, 3, 5]
-    copies = [BlockCopy(rng.choice([0, 2, 4]), t, rng.randint(1, BLOCK)) for t in targets]
-    for copy in copies:
-        expected[:, copy.target, : copy.tokens] = expected[:, copy.source, : copy.tokens]
-    run = copier(layers, BLOCKS, WIDTH)
-    assert run is not None
-    run(copies)
-    assert torch.equal(by_token(layers, per_block), expected)
+    copies = [TailCopy(rng.choice([0, 2, 4]), t, rng.randint(1, BLOCK)) for t in targets]
+    copied(layers, per_block, copies)

@@ -22,10 +22,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from thor_fast.engines.sessions import TailCopy
+from thor_fast.engines.tail_copies import TailCopy, tail_plan
 from thor_fast.errors import EngineError
-from thor_fast.kernels import KVView, SplicePlan, splice
-from thor_fast.kernels.paged_kv_splice_plan import PLAIN
+from thor_fast.kernels import KVView, splice
 
 __all__ = ["Chunk", "KVPool", "PagedStep"]
 
@@ -72,9 +71,7 @@ class KVPool:
     def copy_tails(self, copies: Sequence[TailCopy]) -> None:
         """All copies in one launch."""
         if copies:
-            size = self.block_size
-            rows = [(c.source * size, c.target * size, c.tokens, PLAIN) for c in copies]
-            splice(self._view, SplicePlan(np.array(rows, np.int32), size))
+            splice(self._view, tail_plan(copies, self.block_size, self.block_size))
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Overwrite what is not finite and would reach whoever has these blocks next."""

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 
 from thor_fast.engines.base import check_position
 from thor_fast.engines.blocks import BlockPool, chain_key, root_key
+from thor_fast.engines.tail_copies import TailCopy
 from thor_fast.errors import EngineError
 
-__all__ = ["Session", "SessionTable", "TailCopy"]
+__all__ = ["Session", "SessionTable"]
 
 
 @dataclass(slots=True, eq=False)
@@ -36,15 +37,6 @@ class Session:
     busy: bool = False
     running: bool = False
     last_used: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class TailCopy:
-    """The first ``tokens`` positions of block ``source`` are to be copied to ``target``."""
-
-    source: int
-    target: int
-    tokens: int
 
 
 class SessionTable:

@@ -36,7 +36,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec  # type: ignore[import-
 from vllm.v1.request import RequestStatus  # type: ignore[import-not-found]
 from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace  # type: ignore[import-not-found]
 
-from thor_fast.engines.vllm_copies import BlockCopy, copier
+from thor_fast.engines.tail_copies import TailCopy
+from thor_fast.engines.vllm_copies import copier
 from thor_fast.engines.vllm_pins import Pin, PinTable
 
 __all__ = ["SplicingKVConnector"]
@@ -49,7 +50,7 @@ _KEPT = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
 class _Copies(KVConnectorMetadata):  # type: ignore[misc]
     """What to copy before the next forward."""
 
-    copies: list[BlockCopy]
+    copies: list[TailCopy]
 
 
 class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -67,7 +68,7 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
             raise ValueError(f"KV cache groups are {names}, expected one FullAttentionSpec")
         self._spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self._block_size: int = self._spec.block_size
-        self._copies: list[BlockCopy] = []
+        self._copies: list[TailCopy] = []
         self._in_use: set[str] = set()
         self._spent: list[str] = []
 
@@ -126,7 +127,7 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
         first = (shared - num_external_tokens) // self._block_size
         for i in range(first, -(-shared // self._block_size)):
             n_tokens = min(shared - i * self._block_size, self._block_size)
-            self._copies.append(BlockCopy(pin.blocks[i].block_id, targets[i], n_tokens))
+            self._copies.append(TailCopy(pin.blocks[i].block_id, targets[i], n_tokens))
 
     def build_connector_meta(self, scheduler_output: Any) -> _Copies:
         # Workers run the steps in order: from the next one on, these sources may be written.
@@ -195,7 +196,7 @@ class SplicingKVConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc
 
 
 def _copy_blocks(
-    caches: Sequence[torch.Tensor], num_blocks: int, copies: Sequence[BlockCopy]
+    caches: Sequence[torch.Tensor], num_blocks: int, copies: Sequence[TailCopy]
 ) -> None:
     pairs = [KVCacheBlockCopy(copy.source, copy.target) for copy in copies]
     copy_kv_cache_blocks_inplace(caches, num_blocks, pairs)
