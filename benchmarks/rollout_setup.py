@@ -106,9 +106,9 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
         from thor_fast.engines.paged import PagedEngine
 
         device = "cuda" if torch.cuda.is_available() else None
-        # A core for the event loop and the snippets: on 2 cores all modes are 1.4 times slower
-        # where torch takes both (its threads spin while the sandbox's processes want to run).
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - 1))
+        # On 2 cores all modes are 1.4 times slower where torch takes both: its threads spin while
+        # the event loop and the snippets want to run.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) - len(_tool_cpus())))
         engine = PagedEngine.from_pretrained(path, device=device, kv_tokens=args.kv_tokens, **sizes)
     return Setup(
         engine=engine,
@@ -150,13 +150,20 @@ def _vllm_pool(kv_tokens: int | None) -> dict[str, int]:
     return {"block_size": block, "num_gpu_blocks_override": kv_tokens // block + 1}
 
 
+def _tool_cpus() -> list[int]:
+    """A quarter of the cores, the last ones."""
+    cpus = sorted(os.sched_getaffinity(0))
+    return cpus[-max(1, len(cpus) // 4) :]
+
+
 def _sandbox(name: str, tools: str) -> Sandbox:
     """Warm for what its snippets will import."""
     if name == "fresh":
         return _fresh(tools)
     from thor_fast.sandbox import NativeSandbox
 
-    native = NativeSandbox(slots=WAITING_SLOTS if tools == "slow" else None)
+    slots = WAITING_SLOTS if tools == "slow" else None
+    native = NativeSandbox(slots=slots, cpus=_tool_cpus())
     imports = ("import math", "import sympy") if tools in ("mixed", "sympy") else ("import math",)
     native.warm_up(*(native.tiers[choose_tier(line, native.tiers)].name for line in imports))
     return PreparedStreams(native, TOOLS[tools])

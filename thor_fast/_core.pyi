@@ -69,6 +69,7 @@ class Orchestrator:
         *,
         tiers: list[tuple[str, list[str]]],
         env: list[str],
+        cpus: list[int],
         slots: int,
         max_dialogues: int,
         queue_capacity: int,

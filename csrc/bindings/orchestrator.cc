@@ -100,11 +100,13 @@ py::dict stats(const Orchestrator& self) {
 
 std::unique_ptr<Orchestrator> make_orchestrator(
     const std::vector<std::pair<std::string, std::vector<std::string>>>& tiers,
-    std::vector<std::string> env, std::uint32_t slots, std::uint32_t max_dialogues,
-    std::size_t queue_capacity, double startup_timeout_s, std::shared_ptr<CgroupPool> cgroups) {
+    std::vector<std::string> env, std::vector<int> cpus, std::uint32_t slots,
+    std::uint32_t max_dialogues, std::size_t queue_capacity, double startup_timeout_s,
+    std::shared_ptr<CgroupPool> cgroups) {
   OrchestratorConfig config{
       .tiers = {},
       .env = std::move(env),
+      .cpus = std::move(cpus),
       .slots = slots,
       .max_dialogues = max_dialogues,
       .queue_capacity = queue_capacity,
@@ -134,7 +136,7 @@ void define_orchestrator(py::module_& m) {
       .def_property_readonly("reason", &CgroupPool::reason);
   py::class_<Orchestrator>(m, "Orchestrator")
       .def(py::init(&make_orchestrator), py::kw_only(), py::arg("tiers"), py::arg("env"),
-           py::arg("slots"), py::arg("max_dialogues"), py::arg("queue_capacity"),
+           py::arg("cpus"), py::arg("slots"), py::arg("max_dialogues"), py::arg("queue_capacity"),
            py::arg("startup_timeout_s"), py::arg("cgroups"))
       .def("submit", &Orchestrator::submit, py::arg("request"), py::arg("sink"))
       .def("open_dialogue", &Orchestrator::open_dialogue, py::arg("opening"))

@@ -39,7 +39,9 @@ Fleet::Fleet(const OrchestratorConfig& config, int wake, JobQueue* jobs)
       groups_(jails_.size()),
       deadlines_(config.tiers.size() + jails_.size()) {
   if (!epoll_) throw std::system_error(errno, std::generic_category(), "epoll_create1");
-  for (const TierConfig& tier : config.tiers) tiers_.emplace_back(tier, config.env);
+  for (const TierConfig& tier : config.tiers) {
+    tiers_.emplace_back(tier, config.env, config.cpus);
+  }
   watch(wake_, Source::kWake, 0);
 }
 

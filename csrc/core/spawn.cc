@@ -1,6 +1,7 @@
 #include "core/spawn.h"
 
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <spawn.h>
 #include <sys/mman.h>
@@ -73,9 +74,21 @@ class SpawnPlan {
   posix_spawnattr_t attributes_{};
 };
 
+// In time for all its children: it has one thread, and makes none before it is asked to.
+int keep_to(const std::vector<int>& cpus, int pid) {
+  if (cpus.empty()) return 0;
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int cpu : cpus) {
+    if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
+  }
+  return ::sched_setaffinity(pid, sizeof set, &set) == 0 ? 0 : errno;
+}
+
 }  // namespace
 
-Spawned spawn_template(const std::vector<std::string>& argv, const std::vector<std::string>& env) {
+Spawned spawn_template(const std::vector<std::string>& argv, const std::vector<std::string>& env,
+                       const std::vector<int>& cpus) {
   std::array<int, 2> ends{};
   if (::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, ends.data()) != 0) {
     check(errno, "socketpair");
@@ -91,11 +104,13 @@ Spawned spawn_template(const std::vector<std::string>& argv, const std::vector<s
   if (!theirs || !out.messages) check(errno, "memfd_create");
   out.pid = SpawnPlan(theirs.get(), out.messages.get()).spawn(argv, env);
   out.pidfd.reset(static_cast<int>(::syscall(kSysPidfdOpen, out.pid, 0)));
-  if (!out.pidfd) {
-    const int error = errno;
+  const int unopened = out.pidfd ? 0 : errno;
+  const int unkept = keep_to(cpus, out.pid);
+  if (unopened != 0 || unkept != 0) {
     ::kill(out.pid, SIGKILL);
     ::waitpid(out.pid, nullptr, 0);
-    check(error, "pidfd_open");
+    check(unopened, "pidfd_open");
+    check(unkept, "sched_setaffinity");
   }
   return out;
 }

@@ -30,7 +30,7 @@ bool wait_readable(int fd, std::chrono::milliseconds timeout) {
 
 void Tier::start() {
   ++failed_starts_;
-  process_ = spawn_template(config_.argv, env_);
+  process_ = spawn_template(config_.argv, env_, cpus_);
   state_ = State::kStarting;
 }
 

@@ -16,8 +16,8 @@ class Tier {
  public:
   enum class State : std::uint8_t { kAbsent, kStarting, kReady, kFailed };
 
-  Tier(TierConfig config, std::vector<std::string> env)
-      : config_(std::move(config)), env_(std::move(env)) {}
+  Tier(TierConfig config, std::vector<std::string> env, std::vector<int> cpus)
+      : config_(std::move(config)), env_(std::move(env)), cpus_(std::move(cpus)) {}
   Tier(Tier&&) = default;
   Tier& operator=(Tier&&) = delete;
   Tier(const Tier&) = delete;
@@ -48,6 +48,7 @@ class Tier {
  private:
   TierConfig config_;
   std::vector<std::string> env_;
+  std::vector<int> cpus_;
   Spawned process_;
   State state_ = State::kAbsent;
   int failed_starts_ = 0;

@@ -33,6 +33,14 @@ TEST(Start, ProgramsThatAreNotThere) {
             std::string::npos);
 }
 
+TEST(Start, CpusThatAreNotThere) {
+  OrchestratorConfig config = stub_config();
+  for (const int cpu : {-1, 1023, 1 << 20}) {
+    config.cpus = {cpu};
+    EXPECT_NE(start_error(config).find("sched_setaffinity: Invalid argument"), std::string::npos);
+  }
+}
+
 TEST(Start, ConfigurationsThatCannotBe) {
   OrchestratorConfig config = stub_config();
   config.slots = 0;

@@ -447,9 +447,42 @@ def test_preloaded_modules_are_there_and_random_numbers_still_differ() -> None:
     assert len({o[1] for o in outputs}) == 3
 
 
+_WHERE = "import os; print(*sorted(os.sched_getaffinity(0)))"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_snippets_and_their_children_keep_to_the_cpus_given(first: bool) -> None:
+    cpu = sorted(os.sched_getaffinity(0))[0 if first else -1]
+    child = "import os\nif not os.fork():\n    " + _WHERE + "\nelse:\n    os.wait()"
+    with NativeSandbox(cpus={cpu}) as sandbox:
+        stream = sandbox.open()
+        stream.feed(_WHERE + "\n")
+        here = [sandbox.execute(_WHERE), sandbox.execute(child), stream.finish()]
+    assert [result.stdout for result in here] == [f"{cpu}\n"] * 3
+
+
+def test_without_cpus_snippets_run_where_we_may(sandbox: NativeSandbox) -> None:
+    usable = " ".join(map(str, sorted(os.sched_getaffinity(0))))
+    assert sandbox.execute(_WHERE).stdout == usable + "\n"
+
+
+def test_there_are_as_many_slots_as_cpus() -> None:
+    cpu = min(os.sched_getaffinity(0))
+    nap = "import time; time.sleep(0.06)"
+    with NativeSandbox(cpus={cpu}) as sandbox:
+        sandbox.execute(nap)
+        started = time.monotonic()
+        sandbox.execute_batch([nap] * 3)
+        assert time.monotonic() - started >= 0.18
+
+
 def test_bad_set_up_is_one_clear_error() -> None:
     with pytest.raises(ValueError, match="slots is 0, expected >= 1"):
         NativeSandbox(slots=0)
+    usable = sorted(os.sched_getaffinity(0))
+    for cpus in ((), (4096,), (-1, *usable)):
+        with pytest.raises(ValueError, match=r"cpus is \[.*\], expected some of \[\d"):
+            NativeSandbox(cpus=cpus)
     for senseless in (0, -1.0, 1e300, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=r"startup_timeout_s is .*, expected > 0"):
             NativeSandbox(startup_timeout_s=senseless)

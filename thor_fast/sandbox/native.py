@@ -53,8 +53,10 @@ class NativeSandbox(ClosedOnExit):
     Args:
         slots: snippets that run at a time, besides as many that have run for longer than 0.1 s and
             no longer keep others waiting, and one more for each of these that has used up a
-            quarter of its time; default: the CPUs this process may use. With more, limits mean
-            less: snippets time out waiting for each other.
+            quarter of its time; default: as many as ``cpus``. With more, limits mean less: snippets
+            time out waiting for each other.
+        cpus: the CPUs on which snippets run (``sched_setaffinity``); default: all that this process
+            may use. Leave out that of an engine's thread on the same machine.
         limits: what a request that names none gets.
         tiers: which warm interpreters there are; a snippet's imports choose. The first starts at
             once, each other when it is first asked for (see :meth:`warm_up`).
@@ -79,6 +81,7 @@ class NativeSandbox(ClosedOnExit):
         self,
         *,
         slots: int | None = None,
+        cpus: Collection[int] | None = None,
         limits: SandboxLimits | None = None,
         tiers: Sequence[Tier] | None = None,
         required: Collection[str] = REQUIRED_LAYERS,
@@ -95,7 +98,11 @@ class NativeSandbox(ClosedOnExit):
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopSink] = (
             weakref.WeakKeyDictionary()
         )
-        slots = len(os.sched_getaffinity(0)) if slots is None else slots
+        usable = os.sched_getaffinity(0)
+        kept = usable if cpus is None else set(cpus)
+        if not kept or not kept <= usable:
+            raise ValueError(f"cpus is {sorted(kept)}, expected some of {sorted(usable)}")
+        slots = len(kept) if slots is None else slots
         if slots < 1:
             raise ValueError(f"slots is {slots}, expected >= 1")
         check_limits(startup_timeout_s=startup_timeout_s)
@@ -110,6 +117,7 @@ class NativeSandbox(ClosedOnExit):
                     for tier in self._tiers
                 ],
                 env=template_environment(deterministic),
+                cpus=[] if cpus is None else sorted(kept),
                 slots=slots,
                 max_dialogues=max_dialogues,
                 queue_capacity=queue_capacity,

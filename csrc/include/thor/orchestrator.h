@@ -39,6 +39,7 @@ struct TierConfig {
 struct OrchestratorConfig {
   std::vector<TierConfig> tiers;  // the first starts at once, the others when first asked for
   std::vector<std::string> env;
+  std::vector<int> cpus;                        // where snippets run; empty: where the caller may
   std::uint32_t slots = 1;                      // snippets that run at a time, see above
   std::chrono::milliseconds slot_keeping{100};  // after which one no longer keeps others waiting
   std::uint32_t max_dialogues = 64;             // open at a time

@@ -66,7 +66,7 @@ std::array<UniqueFd, 2> connected() {
 namespace thor {
 
 Spawned spawn_template(const std::vector<std::string>& /*argv*/,
-                       const std::vector<std::string>& /*env*/) {
+                       const std::vector<std::string>& /*env*/, const std::vector<int>& /*cpus*/) {
   auto [ours, theirs] = connected();
   world->templates.push_back(std::move(theirs));
   Spawned out;
