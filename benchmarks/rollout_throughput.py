@@ -39,7 +39,7 @@ from rollout_setup import Setup, build
 from rollout_tools import TOOLS
 
 from thor_fast.errors import ConfigError
-from thor_fast.synthetic import TEST_SEED, Task, task_set
+from thor_fast.synthetic import TEST_SEED, TRAINED_FAMILIES, Task, task_set
 
 RESULTS = Path(__file__).parent / "results" / "rollout_throughput.jsonl"
 
@@ -127,6 +127,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", type=Path, help="folder of a Hugging Face model; default: the tiny policy")
     add("--sandbox", choices=("native", "fresh"), default="native", help="but for barrier")
     add("--tools", choices=TOOLS, default="mixed", help="what snippets do; default: mixed")
+    add("--family", choices=TRAINED_FAMILIES, action="append", help="of tasks; default: all")
     add("--mode", choices=MODES, action="append", help="may be repeated; default: all that fit")
     add("--episodes", type=count, default=256, help="in all, of a run; default: 256")
     add("--group-size", type=count, default=8, help="of them with each task; default: 8")
@@ -159,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--episodes is {args.episodes}, expected a multiple of --group-size {args.group_size}"
         )
-    tasks = task_set(n_tasks, TEST_SEED)
+    tasks = task_set(n_tasks, TEST_SEED, args.family or TRAINED_FAMILIES)
     print(
         f"{args.episodes} episodes of {n_tasks} tasks, {args.engine} engine, {args.sandbox} "
         f"sandbox, {args.tools} tools, at most {args.max_sequences} live; {', '.join(modes)}; "

@@ -136,16 +136,18 @@ async def test_release_and_new_weights() -> None:
         await engine.update_weights(3)
 
 
-async def test_a_released_session_that_comes_back_goes_on() -> None:
-    engine = ScriptedEngine({PROMPT: [SCRIPT]})
-    assert tokens(await play(engine, max_tokens=2)) == [10, 11]
-    await engine.release("s")
-    assert engine.kv_budget.live_tokens == 0
-    chunks = await play(engine, [*PROMPT, 10, 11, 50])
-    assert (tokens(chunks), chunks[0].prefill_tokens) == ([12, 13, 99], 6)
-    # Under another name nobody knows what it is.
-    with pytest.raises(EngineError, match="no script for a context of 5 tokens"):
-        await play(engine, [*PROMPT, 10, 11], session="other")
+async def test_a_call_without_room_costs_others_their_kv_the_oldest_first() -> None:
+    engine = ScriptedEngine({PROMPT: [SCRIPT]}, kv_tokens=12)
+    for session in ("a", "b"):
+        assert tokens(await play(engine, max_tokens=2, session=session)) == [10, 11]
+    assert (engine.kv_budget.live_tokens, engine.evictions) == (10, 0)
+    assert tokens(await play(engine, max_tokens=1, session="c")) == [10]
+    assert (engine.kv_budget.live_tokens, engine.evictions) == (9, 1)
+    for session, prefill in (("b", 1), ("a", 6)):
+        chunks = await play(engine, [*PROMPT, 10, 11, 50], session=session)
+        assert (tokens(chunks), chunks[0].prefill_tokens) == ([12, 13, 99], prefill)
+    with pytest.raises(EngineError, match="13 tokens at once, expected at most 12"):
+        await play(engine, [*PROMPT, *range(10)], session="a")
 
 
 async def test_closing_breaks_streams_in_flight() -> None:

@@ -124,7 +124,8 @@ class KVBudget:
 
     ``max_sequences`` counts those that pause between two calls, too: an engine may hold more than
     the ``max_running`` that decode at a time, which are ``max_sequences`` where it does not tell.
-    ``block_tokens``: a sequence takes up whole blocks of so many tokens.
+    ``block_tokens``: a sequence takes up whole blocks of so many tokens. Where those it has outgrow
+    ``max_tokens``, the engine makes room by itself and computes again what it let go of.
     """
 
     max_sequences: int

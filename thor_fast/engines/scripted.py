@@ -69,11 +69,13 @@ class ScriptedEngine:
 
     The k-th session to start from a context plays its k-th script, round and round. A forked
     session looks its context up in the same way (a script per branch), and plays its parent's
-    script on if there is none; a released one that comes back goes on in its own. ``chunk_tokens``:
+    script on if there is none. ``chunk_tokens``:
     tokens per chunk; with ``watch=False`` that many can run past a fence. ``max_sequences``:
     holding more sessions is an ``EngineError``, so that a scheduler which admits too many is found
-    out; so is holding more than ``kv_tokens`` tokens (by default enough for all of them), counted
-    in blocks of ``block_tokens``. ``token_s``: seconds per token.
+    out. A call that finds more than ``kv_tokens`` tokens (by default enough for all of them),
+    counted in blocks of ``block_tokens``, has the KV of others forgotten, the oldest first, and
+    ``evictions`` counts them; if it does not fit alone, it is an ``EngineError``. ``token_s``:
+    seconds per token.
     """
 
     def __init__(
@@ -95,7 +97,6 @@ class ScriptedEngine:
             raise ValueError(f"chunk_tokens is {chunk_tokens}, expected >= 1")
         self._scripts = {context: itertools.cycle(choices) for context, choices in scripts.items()}
         self._sessions: dict[str, _Session] = {}
-        self._released: dict[str, _Session] = {}
         self._token_s = token_s
         self._chunk_tokens = chunk_tokens
         self._max_sequences = max_sequences
@@ -104,6 +105,7 @@ class ScriptedEngine:
         self._capabilities = Capabilities(max_context, watch, True, True)
         self._version = 0
         self._n_forks = itertools.count()
+        self.evictions = 0
         self._closed = False
 
     @property
@@ -162,10 +164,7 @@ class ScriptedEngine:
         self._get(session, at_token).rewind(at_token)
 
     async def release(self, session: str) -> None:
-        known = self._sessions.pop(session, None)
-        if known is not None and len(known.played) < len(known.script.token_ids):
-            known.held = 0
-            self._released[session] = known
+        self._sessions.pop(session, None)
 
     async def update_weights(self, version: int) -> None:
         if version <= self._version:
@@ -177,7 +176,6 @@ class ScriptedEngine:
     async def aclose(self) -> None:
         self._closed = True
         self._sessions.clear()
-        self._released.clear()
 
     def _open(self, request: GenerateRequest) -> _Session:
         """The session, rewound to what it shares with the request and holding the request."""
@@ -191,21 +189,18 @@ class ScriptedEngine:
             shared += 1
         session.rewind(shared)
         session.tokens.extend(request.token_ids[shared:])
-        self._check_tokens()
+        self._make_room(session)
         return session
 
     def _start(self, request: GenerateRequest) -> _Session:
         self._check_room()
-        released = self._released.pop(request.session, None)
         choices = self._scripts.get(request.token_ids)
-        if choices is not None:
-            return _Session(next(choices))
-        if released is None:
+        if choices is None:
             raise EngineError(
                 f"no script for a context of {len(request.token_ids)} tokens, expected one of "
                 f"the {len(self._scripts)} contexts given"
             )
-        return released
+        return _Session(next(choices))
 
     def _get(self, name: str, at_token: int) -> _Session:
         session = self._sessions.get(name)
@@ -224,10 +219,16 @@ class ScriptedEngine:
     def _in_blocks(self, lengths: Iterable[int]) -> int:
         return sum(-(-n // self._block_tokens) for n in lengths) * self._block_tokens
 
-    def _check_tokens(self) -> None:
-        used = self._in_blocks(len(s.tokens) for s in self._sessions.values())
-        if used > self._kv_tokens:
-            raise EngineError(f"{used} tokens at once, expected at most {self._kv_tokens}")
+    def _make_room(self, session: _Session) -> None:
+        others = [s for s in self._sessions.values() if s is not session and s.held]
+        while True:
+            used = self._in_blocks([len(session.tokens), *(s.held for s in others)])
+            if used <= self._kv_tokens:
+                return
+            if not others:
+                raise EngineError(f"{used} tokens at once, expected at most {self._kv_tokens}")
+            others.pop(0).held = 0
+            self.evictions += 1
 
     def _sample(self, session: _Session, name: str) -> int:
         if self._closed:
@@ -243,7 +244,6 @@ class ScriptedEngine:
             )
         session.played.append(len(session.tokens))
         session.tokens.append(script.token_ids[index])
-        self._check_tokens()
         return script.token_ids[index]
 
     def _finish(

@@ -37,7 +37,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from thor_fast.engines.base import Engine, FinishReason, GenerateRequest, SamplingParams, TokenChunk
@@ -81,7 +81,8 @@ async def run_episode(
     sampling: SamplingParams,
     eos_token_ids: frozenset[int],
     session: str,
-    room: Callable[[int], Awaitable[int]] | None = None,
+    grown: Callable[[int], None] | None = None,
+    first_tokens: int | None = None,
     memo: SnippetMemo | None = None,
     gain: EarlyGain | None = None,
     trajectory: Trajectory | None = None,
@@ -92,8 +93,8 @@ async def run_episode(
 
     ``encode``: observation text -> ids (:class:`~thor_fast.rollout.splice.ObservationEncoder`).
     ``session``: a name no other live episode uses; released at the end, whatever the end.
-    ``room``: asked before each engine call how many tokens the engine may add to so many (see
-    ``admission.py``); where that ends a call, another one follows.
+    ``grown``: told how many tokens there are, before each engine call and as they come.
+    ``first_tokens``: at most so many in the first engine call; where that ends it, another follows.
     ``memo``: shared with other episodes, so that equal pure snippets run once.
     ``gain``: shared with other episodes, so that blocks begin early only where that pays.
     ``trajectory``: filled in place if given, so that a caller who cancels still sees what there is
@@ -101,7 +102,7 @@ async def run_episode(
     behind it; a call that ends with its last token is run again.
     ``backtrack``: failed calls are tried again; ``one_call``: end with the first call's result.
 
-    ``metrics``: seconds ``generate_s`` (awaiting the engine), ``room_s`` (awaiting ``room``),
+    ``metrics``: seconds ``generate_s`` (awaiting the engine),
     ``tool_s`` (awaiting the sandbox), ``tool_wait_s`` (the part of it in which the snippet was not
     running); counts ``engine_calls``, ``early_runs`` (blocks begun before they were complete),
     ``memo_hits`` (blocks that need not run), ``dropped_tokens`` (sampled past a fence),
@@ -116,8 +117,8 @@ async def run_episode(
         backtrack.check(sampling.temperature)
     early = EarlyRuns(sandbox, tool.request, gain)
     episode = _Running(
-        engine, early, tool, limits, encode, sampling, eos_token_ids, session, room, memo,
-        trajectory, backtrack, one_call,
+        engine, early, tool, limits, encode, sampling, eos_token_ids, session, grown, memo,
+        trajectory, backtrack, one_call, first_tokens,
     )  # fmt: skip
     deadline = asyncio.timeout(limits.deadline_s)
     try:
@@ -173,11 +174,12 @@ class _Running:
     sampling: SamplingParams
     eos_token_ids: frozenset[int]
     session: str
-    room: Callable[[int], Awaitable[int]] | None
+    grown: Callable[[int], None] | None
     memo: SnippetMemo | None
     trajectory: Trajectory
     backtrack: BacktrackPolicy | None
     one_call: bool
+    first_tokens: int | None
     detector: ToolDetector = field(init=False)
     metrics: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
@@ -194,7 +196,7 @@ class _Running:
                 return StopReason.MAX_TOKENS
             if context < 1:
                 return StopReason.MAX_CONTEXT
-            call, finish = await self._generate(await self._allowed(min(budget, context)))
+            call, finish = await self._generate(self._most(min(budget, context)))
             if call is None and finish is FinishReason.STOP:
                 return StopReason.EOS
             if call is None and finish is FinishReason.CONTEXT:
@@ -219,15 +221,11 @@ class _Running:
         self.early.drop()
         return call
 
-    async def _allowed(self, most: int) -> int:
-        """How many tokens the next engine call may sample: ``most`` or what there is room for."""
-        if self.room is None:
-            return most
-        started = time.perf_counter()
-        try:
-            return min(most, await self.room(len(self.trajectory)))
-        finally:
-            self.metrics["room_s"] += time.perf_counter() - started
+    def _most(self, left: int) -> int:
+        """How many tokens the next engine call may sample."""
+        if self.first_tokens is None or self.metrics["engine_calls"]:
+            return left
+        return min(left, self.first_tokens)
 
     def _left(self) -> tuple[int, int]:
         """Tokens that still fit: in the response budget, in the engine's context."""
@@ -254,6 +252,8 @@ class _Running:
         call: DetectedCall | None = None
         finish: FinishReason | None = None
         cut = False
+        n_before = len(request.token_ids)
+        self._tell(n_before)
         started = time.perf_counter()
         stream = self.engine.generate(request)
         try:
@@ -263,6 +263,7 @@ class _Running:
                 logprobs += chunk.logprobs[:n_kept]
                 finish = chunk.finish
                 self._count(chunk, n_kept)
+                self._tell(n_before + len(ids))
                 if watcher.call is not None and len(ids) == watcher.n_tokens:
                     call = watcher.call
                     cut = finish is None or n_kept < len(chunk.token_ids)
@@ -373,6 +374,10 @@ class _Running:
         result, early = await self.early.run(found)
         self.metrics["early_runs"] += early
         return result
+
+    def _tell(self, n_tokens: int) -> None:
+        if self.grown is not None:
+            self.grown(n_tokens)
 
     def _count(self, chunk: TokenChunk, n_kept: int) -> None:
         self.metrics["dropped_tokens"] += len(chunk.token_ids) - n_kept

@@ -10,22 +10,32 @@ Who waits for whom::
                                                               compute
 
 A holder of the prefix is whoever is live and has it, so nothing is kept for its sake. Where no
-holder is left, the next one computes it again (or finds it in the engine's prefix cache). Capping
-the first call at one token changes no token and costs one call, not one more step.
+holder is left, the next one computes it again (or finds it in the engine's prefix cache). Ending
+the first call after one token changes no token and costs one call, not one more step.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from thor_fast.engines.base import Engine
 from thor_fast.errors import EngineError
 
-__all__ = ["Room", "SharedPrefix"]
+__all__ = ["SharedPrefix", "Start"]
 
-Room = Callable[[int], Awaitable[int]]
+Grown = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a sample begins, for :func:`run_episode`: its session, and what it is told and given."""
+
+    session: str
+    grown: Grown
+    first_tokens: int | None = None
 
 
 class SharedPrefix:
@@ -37,8 +47,8 @@ class SharedPrefix:
         self._filling: asyncio.Event | None = None  # set once it is filled, or cannot be
 
     @asynccontextmanager
-    async def session(self, name: str, room: Room) -> AsyncGenerator[tuple[str, Room]]:
-        """The session of one sample, and its ``room``, for :func:`run_episode`, which releases it.
+    async def start(self, name: str, grown: Grown) -> AsyncGenerator[Start]:
+        """How one sample begins; :func:`run_episode` releases its session.
 
         ``name`` is taken where there is nobody to fork from.
         """
@@ -47,32 +57,29 @@ class SharedPrefix:
         if not self._holders:
             self._filling = asyncio.Event()
             try:
-                yield name, self._filler(name, room)
+                yield Start(name, self._filler(name, grown), first_tokens=1)
             finally:
                 self._filled()
                 self._discard(name)
             return
         forked = await self._fork(self._holders[0])
         if forked is None:
-            yield name, room
+            yield Start(name, grown)
             return
         self._holders.append(forked)
         try:
-            yield forked, room
+            yield Start(forked, grown)
         finally:
             self._discard(forked)
 
-    def _filler(self, name: str, room: Room) -> Room:
-        async def capped(n_tokens: int) -> int:
-            allowed = await room(n_tokens)
-            if n_tokens <= self._n_tokens:
-                return 1
-            if self._filling is not None:
+    def _filler(self, name: str, grown: Grown) -> Grown:
+        def filling(n_tokens: int) -> None:
+            grown(n_tokens)
+            if n_tokens > self._n_tokens and self._filling is not None:
                 self._holders.append(name)
                 self._filled()
-            return allowed
 
-        return capped
+        return filling
 
     def _filled(self) -> None:
         if self._filling is not None:

@@ -1,7 +1,7 @@
 """Many episodes at once, each on its own task.
 
-Admission is the only thing they share: as many are live as the engine can hold in its KV cache, so
-that one that waits for its snippet is not evicted and prefilled again (see ``admission.py``). The
+Admission is the only thing they share: as many are live as the engine's KV cache is thought to hold
+until they end, so that few are evicted and prefilled again (see ``admission.py``). The
 next one starts as soon as there is room, in the order of the prompts; nobody waits for a group or a
 batch. Scoring happens after the room is given back, in a thread, so a slow reward delays neither
 decoding nor admission.
@@ -20,17 +20,16 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 from thor_fast.engines.base import Engine, SamplingParams
 from thor_fast.errors import ConfigError
-from thor_fast.rollout.admission import Admission, Allowance
+from thor_fast.rollout.admission import Admission, Seat
 from thor_fast.rollout.backtrack import BacktrackPolicy, beginning
 from thor_fast.rollout.early_gain import EarlyGain
 from thor_fast.rollout.limits import RolloutLimits
 from thor_fast.rollout.loop import run_episode
 from thor_fast.rollout.memo import SnippetMemo
-from thor_fast.rollout.prefix import Room, SharedPrefix
+from thor_fast.rollout.prefix import SharedPrefix, Start
 from thor_fast.rollout.seeds import trajectory_seed
 from thor_fast.sandbox.base import Sandbox
 from thor_fast.tools.base import Tool
@@ -79,11 +78,11 @@ class _Group:
     memo: SnippetMemo | None
     prefix: SharedPrefix | None = None
 
-    def session(self, name: str, room: Room) -> AbstractAsyncContextManager[tuple[str, Room]]:
-        """The session and the ``room`` of one sample."""
+    def start(self, name: str, seat: Seat) -> AbstractAsyncContextManager[Start]:
+        """How one sample begins."""
         if self.prefix is None:
-            return nullcontext((name, room))
-        return self.prefix.session(name, room)
+            return nullcontext(Start(name, seat.grown))
+        return self.prefix.start(name, seat.grown)
 
 
 @dataclass(slots=True)
@@ -191,30 +190,27 @@ class RolloutScheduler:
         shares = self._engine.capabilities.prefix_cache
         async with asyncio.TaskGroup() as tasks:
             for index, prompt in enumerate(run.prompts):
-                n_response = 0 if prompt.start is None else len(prompt.start.response_ids)
-                n_start = len(prompt.token_ids) + n_response
+                n_start = len(prompt.token_ids)
+                if prompt.start is not None:
+                    n_start += len(prompt.start.response_ids)
                 group = _Group(index, prompt, SnippetMemo() if self._memo else None)
                 if prompt.start is not None and self._engine.capabilities.native_fork:
                     group.prefix = SharedPrefix(self._engine, n_start)
                 for sample in range(self._group_size):
-                    allowance = await run.admission.enter(
-                        n_start, n_response, group=index if shares else None
-                    )
-                    tasks.create_task(self._episode(run, group, sample, allowance))
+                    seat = await run.admission.enter(n_start, group=index if shares else None)
+                    tasks.create_task(self._episode(run, group, sample, seat))
 
-    async def _episode(self, run: _Run, group: _Group, sample: int, allowance: Allowance) -> None:
+    async def _episode(self, run: _Run, group: _Group, sample: int, seat: Seat) -> None:
         admitted = time.perf_counter()
         length = None
-        room: Room = partial(run.admission.room, allowance)
         try:
-            async with group.session(f"{run.name}/{group.index}/{sample}", room) as (name, room):
-                allowance.forget = partial(self._engine.release, name)
-                trajectory = await self._run(group, sample, name, room)
+            async with group.start(f"{run.name}/{group.index}/{sample}", seat) as start:
+                trajectory = await self._run(group, sample, start)
             stop = trajectory.stop_reason
             if stop is not None and not stop.is_infrastructure:
                 length = len(trajectory)
         finally:
-            run.admission.leave(allowance, length)
+            run.admission.leave(seat, length)
         trajectory.metrics["queue_s"] = admitted - run.started
         trajectory.metrics["episode_s"] = time.perf_counter() - admitted
         await self._score(trajectory, group.prompt.reference)
@@ -224,7 +220,7 @@ class RolloutScheduler:
         if self._progress is not None:
             self._progress(episode, len(run.finished), len(run.prompts) * self._group_size)
 
-    async def _run(self, group: _Group, sample: int, session: str, room: Room) -> Trajectory:
+    async def _run(self, group: _Group, sample: int, begin: Start) -> Trajectory:
         prompt = group.prompt
         number = group.index if prompt.number is None else prompt.number
         seed = trajectory_seed(self.sampling.seed, number, sample)
@@ -238,8 +234,9 @@ class RolloutScheduler:
             encode=self._encode,
             sampling=replace(self.sampling, seed=seed),
             eos_token_ids=self._eos_token_ids,
-            session=session,
-            room=room,
+            session=begin.session,
+            grown=begin.grown,
+            first_tokens=begin.first_tokens,
             memo=group.memo,
             gain=self._gain,
             trajectory=None if start is None else beginning(start, len(start)),
