@@ -263,7 +263,7 @@ async def test_a_first_call_may_be_short_and_growth_is_told(tokenizers, fake_san
     assert trajectory.stop_reason is StopReason.EOS
     assert [call.code for call in trajectory.tool_calls] == ["print(1)\n"]
     assert trajectory.metrics["engine_calls"] == 3
-    # One, then fours; before each call and after each chunk.
-    assert told[:5] == [1, 2, 2, 6, 10]
+    # One, then fours; before each call and after each chunk but its last.
+    assert told[:4] == [1, 2, 6, 10]
     assert told == sorted(told)
-    assert told[-1] == len(trajectory)
+    assert len(trajectory) - 4 <= told[-1] < len(trajectory)

@@ -93,7 +93,7 @@ async def run_episode(
 
     ``encode``: observation text -> ids (:class:`~thor_fast.rollout.splice.ObservationEncoder`).
     ``session``: a name no other live episode uses; released at the end, whatever the end.
-    ``grown``: told how many tokens there are, before each engine call and as they come.
+    ``grown``: told how many tokens there are, before each engine call and, during it, as they come.
     ``first_tokens``: at most so many in the first engine call; where that ends it, another follows.
     ``memo``: shared with other episodes, so that equal pure snippets run once.
     ``gain``: shared with other episodes, so that blocks begin early only where that pays.
@@ -263,7 +263,8 @@ class _Running:
                 logprobs += chunk.logprobs[:n_kept]
                 finish = chunk.finish
                 self._count(chunk, n_kept)
-                self._tell(n_before + len(ids))
+                if finish is None:
+                    self._tell(n_before + len(ids))
                 if watcher.call is not None and len(ids) == watcher.n_tokens:
                     call = watcher.call
                     cut = finish is None or n_kept < len(chunk.token_ids)
