@@ -123,9 +123,9 @@ class KVBudget:
     """How many sequences and tokens of KV the engine can hold at once, and what it holds now.
 
     ``max_sequences`` counts those that pause between two calls, too: an engine may hold more than
-    the ``max_running`` that decode at a time, which are ``max_sequences`` where it does not tell.
-    ``block_tokens``: a sequence takes up whole blocks of so many tokens. Where those it has outgrow
-    ``max_tokens``, the engine makes room by itself and computes again what it let go of.
+    decode at a time. ``block_tokens``: a sequence takes up whole blocks of so many tokens. Where
+    those it has outgrow ``max_tokens``, the engine makes room by itself and computes again what it
+    let go of.
     """
 
     max_sequences: int
@@ -133,7 +133,6 @@ class KVBudget:
     live_sequences: int
     live_tokens: int
     block_tokens: int = 1
-    max_running: int | None = None
 
 
 def check_context(token_ids: Sequence[int], max_context: int, vocab_size: int) -> None:

@@ -155,7 +155,6 @@ class PagedEngine:
             live_sequences=sequences,
             live_tokens=tokens,
             block_tokens=self._block_size,
-            max_running=self._max_sequences,
         )
 
     @property

@@ -123,10 +123,15 @@ class Admission:
     def _will_fit(self, newcomer: Seat) -> bool:
         """Whether the pool is thought to hold the live ones and this one until they end."""
         together = [*self._live, newcomer]
-        longest = min(max(seat.n_start for seat in together) + self._growth, self._max_context)
+        start = max(seat.n_start for seat in together)
+        longest = min(start + self._growth, self._max_context)
         if self._max_live * self._blocks(longest) <= self._pool:
             return True  # whatever their lengths
         known = sorted(self._lengths) if len(self._lengths) >= _FEWEST_LENGTHS else []
+        longest = start + max(known, default=self.expected_growth)
+        longest = max(longest, max(seat.n_tokens for seat in together)) + self._block
+        if len(together) * self._blocks(longest) <= self._pool:
+            return True  # as below, with less work: the usual case
         plans = sorted(((self._left(s, known), s.n_tokens) for s in together), reverse=True)
         tokens = -_saved(together) * self._block
         for n_live, (left, n_tokens) in enumerate(plans, 1):
