@@ -216,6 +216,27 @@ def test_a_kernel_that_fails_gives_way_to_the_gather(models: Any) -> None:
 
 
 @pytest.mark.usefixtures("inference")
+def test_no_graph_of_a_kernel_that_has_failed_is_used_again(models: Any) -> None:
+    world = World(models["qwen3"], [64, 60])
+
+    def build(pool: KVPool, rows: int, width: int) -> Any:
+        if rows > 1:
+            raise MemoryError("workspace")
+        return GATHER.build(pool, rows, width)
+
+    graphs = world.graphs(AttentionKind("other", build, by_width=False))
+    graphs.logits(world.run, world.chunks([0]))
+    assert list(graphs._buckets) == [(1, WIDTH)]
+    with pytest.warns(RuntimeWarning, match="without other, which failed: MemoryError: workspace"):
+        graphs.logits(world.run, world.chunks())
+    assert list(graphs._buckets) == [(2, WIDTH)]
+    chunks = world.chunks([0])
+    logits = graphs.logits(world.run, chunks)
+    torch.testing.assert_close(logits, world.truth(chunks), atol=LOGIT_TOLERANCE, rtol=0)
+    assert Tape.captured == 3
+
+
+@pytest.mark.usefixtures("inference")
 def test_there_are_none_on_a_cpu(models: Any) -> None:
     world = World(models["qwen3"], [3])
     assert decode_graphs(world.pool, world.heads, max_rows=4, max_blocks=4) is None
