@@ -112,7 +112,8 @@ def build(args: argparse.Namespace, tasks: Sequence[Task]) -> Setup:
         engine = PagedEngine.from_pretrained(path, device=device, kv_tokens=args.kv_tokens, **sizes)
     return Setup(
         engine=engine,
-        sandbox=_sandbox(args.sandbox, args.tools),
+        # vLLM's processes take all cores: snippets kept to one of them wait for it.
+        sandbox=_sandbox(args.sandbox, args.tools, None if args.engine == "vllm" else _tool_cpus()),
         fresh=partial(_fresh, args.tools),
         tokenizer=tokenizer,
         limits=RolloutLimits(max_response_tokens=args.max_context, max_tool_calls=_MAX_TOOL_CALLS),
@@ -156,14 +157,14 @@ def _tool_cpus() -> list[int]:
     return cpus[-max(1, len(cpus) // 4) :]
 
 
-def _sandbox(name: str, tools: str) -> Sandbox:
+def _sandbox(name: str, tools: str, cpus: list[int] | None) -> Sandbox:
     """Warm for what its snippets will import."""
     if name == "fresh":
         return _fresh(tools)
     from thor_fast.sandbox import NativeSandbox
 
     slots = WAITING_SLOTS if tools == "slow" else None
-    native = NativeSandbox(slots=slots, cpus=_tool_cpus())
+    native = NativeSandbox(slots=slots, cpus=cpus)
     imports = ("import math", "import sympy") if tools in ("mixed", "sympy") else ("import math",)
     native.warm_up(*(native.tiers[choose_tier(line, native.tiers)].name for line in imports))
     return PreparedStreams(native, TOOLS[tools])
