@@ -69,13 +69,12 @@ class ScriptedEngine:
 
     The k-th session to start from a context plays its k-th script, round and round. A forked
     session looks its context up in the same way (a script per branch), and plays its parent's
-    script on if there is none. ``chunk_tokens``:
-    tokens per chunk; with ``watch=False`` that many can run past a fence. ``max_sequences``:
-    holding more sessions is an ``EngineError``, so that a scheduler which admits too many is found
-    out. A call that finds more than ``kv_tokens`` tokens (by default enough for all of them),
-    counted in blocks of ``block_tokens``, has the KV of others forgotten, the oldest first, and
-    ``evictions`` counts them; if it does not fit alone, it is an ``EngineError``. ``token_s``:
-    seconds per token.
+    script on if there is none. ``chunk_tokens``: tokens per chunk; with ``watch=False`` that many
+    can run past a fence. ``max_sequences``: holding more sessions is an ``EngineError``, so that a
+    scheduler which admits too many is found out. A call that finds more than ``kv_tokens`` tokens
+    (by default enough for all of them), counted in blocks of ``block_tokens``, has the KV of others
+    forgotten, the oldest first, and ``evictions`` counts them; if it does not fit alone, it is an
+    ``EngineError``. ``token_s``: seconds per token.
     """
 
     def __init__(

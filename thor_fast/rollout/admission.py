@@ -16,7 +16,6 @@ is worth something and a wrong one is no failure. Why no room is promised to any
 from __future__ import annotations
 
 import asyncio
-import statistics
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, MutableSequence
@@ -69,6 +68,7 @@ class Admission:
         self._block = budget.block_tokens
         self._pool = budget.max_tokens // self._block
         self._max_live, self._growth, self._max_context = max_live, growth, max_context
+        self._first_guess = max(growth // _FIRST_SHARE, 1)
         self._lengths = lengths
         self._live: list[Seat] = []
         self._entering: deque[Seat] = deque()
@@ -102,13 +102,6 @@ class Admission:
             self._lengths.append(n_tokens - seat.n_start)
         self._let_in()
 
-    @property
-    def expected_growth(self) -> int:
-        """Tokens after its prompt that a trajectory is thought to need."""
-        if len(self._lengths) < _FEWEST_LENGTHS:
-            return max(self._growth // _FIRST_SHARE, 1)
-        return statistics.median_high(self._lengths)
-
     def _let_in(self) -> None:
         while self._entering and len(self._live) < self._max_live:
             if self._live and not self._will_fit(self._entering[0]):
@@ -127,11 +120,12 @@ class Admission:
         longest = min(start + self._growth, self._max_context)
         if self._max_live * self._blocks(longest) <= self._pool:
             return True  # whatever their lengths
-        known = sorted(self._lengths) if len(self._lengths) >= _FEWEST_LENGTHS else []
-        longest = start + max(known, default=self.expected_growth)
+        lengths = self._lengths if len(self._lengths) >= _FEWEST_LENGTHS else []
+        longest = start + max(lengths, default=self._first_guess)
         longest = max(longest, max(seat.n_tokens for seat in together)) + self._block
         if len(together) * self._blocks(longest) <= self._pool:
             return True  # as below, with less work: the usual case
+        known = sorted(lengths)
         plans = sorted(((self._left(s, known), s.n_tokens) for s in together), reverse=True)
         tokens = -_saved(together) * self._block
         for n_live, (left, n_tokens) in enumerate(plans, 1):
@@ -145,7 +139,7 @@ class Admission:
         """Tokens it is thought to add yet; ``known``: lengths of others, ascending, or none."""
         grown = seat.n_tokens - seat.n_start
         if not known:
-            return max(self.expected_growth - grown, self._block)
+            return max(self._first_guess - grown, self._block)
         first_longer = bisect_right(known, grown)
         if first_longer == len(known):
             return self._block
